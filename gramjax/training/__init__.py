@@ -1,0 +1,1 @@
+"""gramjax.training"""
