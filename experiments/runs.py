@@ -1,0 +1,120 @@
+"""A run on disk: building what its configuration says, loading it back, embedding a split with it."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import objective
+from experiments.config import TrainConfig, gram_config
+from gramjax.checkpoints import Checkpointer
+from gramjax.data import emoji, pipeline
+from gramjax.models import GramModel, from_json
+from gramjax.training import TrainState, adamw, create_train_state, merge
+
+BEST_METRIC = "validation/recall"
+
+
+class Embedded(TypedDict):
+    """A split through a model: `embeddings` modality -> float32 [N, d]; `label` and `index` int32 [N]."""
+
+    embeddings: dict[str, np.ndarray]
+    label: np.ndarray
+    index: np.ndarray
+
+
+def load_run(
+    run_dir: str | Path, *, checkpoint: Literal["best", "latest"] = "best"
+) -> tuple[TrainConfig, GramModel, nnx.Module]:
+    """The configuration, model and loss parameters of a run, from its `config.json` and one of its checkpoints.
+
+    Raises:
+        FileNotFoundError: the directory has no run, or no such checkpoint yet.
+    """
+    path = Path(run_dir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"run_dir has no config.json: {path}")
+    config = from_json(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+    graphdef, state, _ = build(config)
+    with open_checkpoints(run_dir, read_only=True) as checkpoints:
+        model, loss_parameters = merge(graphdef, checkpoints.restore(state, step=checkpoint))
+    return config, model, loss_parameters
+
+
+def embed_split(
+    config: TrainConfig, model: GramModel, split: str, *, modalities: Iterable[str] | None = None
+) -> Embedded:
+    """Embed every item of a split, in order, without augmentation.
+
+    Args:
+        config: of the run; says where the data is.
+        model: from `load_run`.
+        split: "train", "validation" or "test".
+        modalities: default: those the model was trained on.
+    """
+    graphdef, variables = nnx.split(model)
+    return embed_batches(make_embed(graphdef), variables, evaluation_batches(config, split, modalities))
+
+
+def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, optax.GradientTransformation]:
+    """Graph definition, state at step 0 and optimizer of a run."""
+    model = GramModel(gram_config(config), rngs=nnx.Rngs(config.seed), dtype=config.dtype)
+    optimizer = adamw(
+        learning_rate_schedule(config),
+        weight_decay=config.optimizer.weight_decay,
+        b1=config.optimizer.b1,
+        b2=config.optimizer.b2,
+        eps=config.optimizer.eps,
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )
+    graphdef, state = create_train_state(model, objective.parameters(config.objective), optimizer, seed=config.seed)
+    return graphdef, state, optimizer
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then half a cosine down to 0 at the last step."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.optimizer.learning_rate, config.optimizer.warmup_steps, config.steps
+    )
+
+
+def open_checkpoints(run_dir: str | Path, *, read_only: bool = False) -> Checkpointer:
+    """The checkpoints of a run: the latest, and the best by validation recall."""
+    return Checkpointer(Path(run_dir) / "checkpoints", best_metric=BEST_METRIC, read_only=read_only)
+
+
+def make_embed(graphdef: nnx.GraphDef) -> Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]:
+    """Compile the embedding of a batch: (the model's variables, batch) -> modality -> [batch, d]."""
+    return jax.jit(lambda variables, batch: nnx.merge(graphdef, variables).embed(batch))
+
+
+def evaluation_batches(
+    config: TrainConfig, split: str, modalities: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
+    """The batches of a split, in order, not augmented; the last one padded (`valid` tells)."""
+    source = emoji.load_split(config.data_dir, split)
+    names = tuple(config.modalities if modalities is None else modalities)
+    return list(
+        pipeline.make_loader(source, modalities=names, batch_size=config.batch_size, seed=config.seed, train=False)
+    )
+
+
+def embed_batches(
+    embed: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]], variables: Any, batches: Iterable[Mapping[str, Any]]
+) -> Embedded:
+    """Embed all valid rows of some batches, with a function `make_embed` compiled."""
+    rows: list[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]] = []
+    for batch in batches:
+        valid = np.asarray(batch["valid"])
+        embeddings = {name: np.asarray(value)[valid] for name, value in embed(variables, batch).items()}
+        rows.append((embeddings, np.asarray(batch["label"])[valid], np.asarray(batch["index"])[valid]))
+    return {
+        "embeddings": {name: np.concatenate([row[0][name] for row in rows]) for name in rows[0][0]},
+        "label": np.concatenate([row[1] for row in rows]),
+        "index": np.concatenate([row[2] for row in rows]),
+    }
