@@ -1,1 +1,24 @@
-"""gramjax.encoders"""
+"""Encoders in Flax NNX: pictures (`vision`), sounds (`audio`), words (`text`), and the heads on top of them (`heads`).
+
+The small encoders trained here and the released ones of GRAM and PMRL are the same classes at different sizes;
+`conversion` reads PyTorch state dicts.
+"""
+
+from gramjax.encoders.audio import BEATs, BEATsConfig
+from gramjax.encoders.heads import MatchingHead, ProjectionHead, cls_pool, l2_normalize, mean_pool
+from gramjax.encoders.text import BERT, BERTConfig
+from gramjax.encoders.vision import VisionConfig, VisionTransformer
+
+__all__ = [
+    "BERT",
+    "BEATs",
+    "BEATsConfig",
+    "BERTConfig",
+    "MatchingHead",
+    "ProjectionHead",
+    "VisionConfig",
+    "VisionTransformer",
+    "cls_pool",
+    "l2_normalize",
+    "mean_pool",
+]
