@@ -1,0 +1,315 @@
+"""The pictures `evaluate.py` draws: retrieval gallery, training curves, embedding map, recall heat map.
+
+Every function takes arrays, writes one PNG and returns its path; nothing here opens a display.
+"""
+
+import dataclasses
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+# Okabe and Ito's palette: told apart by readers of every colour vision, and in grey.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LINE_STYLES = ("-", "--", ":", "-.")
+INK, FAINT, RIGHT = "#222222", "#8A8A8A", "#0072B2"
+DPI = 150
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "font.sans-serif": [
+        "DejaVu Sans",
+        "Noto Sans CJK SC",
+        "Noto Sans CJK JP",
+        "WenQuanYi Zen Hei",
+        "PingFang SC",
+        "SimHei",
+    ],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One item that came back: its picture `[H, W, 3]` in [0, 1], its name, and whether it is the right one."""
+
+    picture: np.ndarray
+    name: str
+    right: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GalleryRow:
+    """One query and what came back, best first.
+
+    Attributes:
+      query: text, or a picture `[H, W, 3]` in [0, 1], or a waveform `[samples]`.
+      name: the name of the query's item, written under a picture or a waveform.
+      found: the best items.
+      answer: the right item.
+      rank: where the right item came, 1 is first.
+    """
+
+    query: str | np.ndarray
+    name: str
+    found: Sequence[Found]
+    answer: Found
+    rank: int
+
+
+def retrieval_gallery(
+    sections: Mapping[str, Sequence[GalleryRow]], path: pathlib.Path, *, title: str, caption: str
+) -> pathlib.Path:
+    """Queries on the left, what came back in the middle with the right item framed, the right item and its rank last.
+
+    Args:
+      sections: heading (such as "text -> picture") to its rows.
+      path: the PNG to write.
+      title: above the picture.
+      caption: below it: says how the queries were picked.
+    """
+    columns = max(len(row.found) for rows in sections.values() for row in rows)
+    query_width, heading, cell = 2.3, 0.36, 0.85
+    width = query_width + columns + 1.5
+    height = sum(heading + cell * len(rows) for rows in sections.values())
+    with mpl.rc_context(STYLE):
+        figure = _figure(width * 0.93, (height + 0.95) * 0.93)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(0, width), ylim=(height + 0.5, -0.45))
+        axes.axis("off")
+        axes.text(0.12, -0.2, title, fontsize=12, fontweight="bold", va="center")
+        top = 0.0
+        for name, rows in sections.items():
+            axes.plot([0.12, width - 0.12], [top + 0.03] * 2, color="#DDDDDD", linewidth=0.8)
+            axes.text(0.12, top + heading * 0.6, name, fontsize=9.5, fontweight="bold", va="center", color=RIGHT)
+            axes.text(query_width, top + heading * 0.6, "best first", fontsize=7.5, va="center", color=FAINT)
+            axes.text(width - 1.3, top + heading * 0.6, "right answer", fontsize=7.5, va="center", color=FAINT)
+            top += heading
+            for row in rows:
+                _gallery_row(axes, row, top, query_width, columns)
+                top += cell
+        axes.text(0.12, height + 0.25, caption, fontsize=7.5, color=FAINT, va="center")
+        return _save(figure, path)
+
+
+def training_curves(records: Sequence[Mapping[str, float]], path: pathlib.Path) -> pathlib.Path:
+    """Losses, validation metrics and the learning rate over steps, from the lines of a run's `metrics.jsonl`.
+
+    Quantities that share what comes before their last `/` share a panel; those seen fewer than twice are left out.
+    """
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(value)
+    panels: dict[str, list[str]] = {}
+    for name, (steps, _) in series.items():
+        if len(steps) > 1:
+            panels.setdefault(_panel(name), []).append(name)
+    if not panels:
+        raise ValueError("records: no quantity was written at two steps, there is no curve to draw")
+
+    with mpl.rc_context(STYLE):
+        columns = len(panels) if len(panels) < 3 else 2 if len(panels) == 4 else 3
+        rows = -(-len(panels) // columns)
+        figure = _figure(8.0 if columns > 1 else 5.0, 2.5 * rows, layout="constrained")
+        for axes, (panel, names) in zip(np.ravel(figure.subplots(rows, columns, squeeze=False)), panels.items()):
+            for number, name in enumerate(names):
+                steps, values = series[name]
+                colour, style = PALETTE[number % len(PALETTE)], LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)]
+                faint = len(values) > 60
+                axes.plot(steps, values, color=colour, linewidth=1, linestyle=style, alpha=0.25 if faint else 1)
+                if faint:
+                    axes.plot(*_smoothed(steps, values), color=colour, linewidth=1.4, linestyle=style)
+                axes.plot([], [], color=colour, linestyle=style, label=name.rsplit("/", 1)[-1].replace("_", " "))
+            axes.set_title(panel.replace("_", " "))
+            axes.set_xlabel("step")
+            axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
+            axes.set_axisbelow(True)
+            if len(names) > 1 or names[0].rsplit("/", 1)[-1] != panel:
+                axes.legend(fontsize=7, ncols=1 if len(names) <= 6 else 2)
+        for axes in figure.axes[len(panels) :]:
+            axes.axis("off")
+        return _save(figure, path)
+
+
+def embedding_map(
+    embeddings: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    categories: Sequence[str],
+    path: pathlib.Path,
+    *,
+    joined: int = 24,
+) -> pathlib.Path:
+    """Every embedding on the first two principal axes of them all: colour is category, marker is modality.
+
+    Args:
+      embeddings: modality to `[N, dim]`.
+      labels: `[N]`, index into `categories`.
+      categories: their names, eight at most.
+      path: the PNG to write.
+      joined: how many items, evenly spaced through the list, have their modalities joined by thin lines.
+    """
+    stacked = np.stack(list(embeddings.values()), axis=1).astype(np.float64)
+    centred = stacked - stacked.mean(axis=(0, 1))
+    _, spread, axes_ = np.linalg.svd(centred.reshape(-1, centred.shape[-1]), full_matrices=False)
+    points = centred @ axes_[:2].T
+    share = spread[:2] ** 2 / np.sum(spread**2)
+    items = _evenly_spaced(len(points), joined)
+    with mpl.rc_context(STYLE):
+        figure = _figure(8.0, 5.6, layout="constrained")
+        axes = figure.subplots()
+        for position, (marker, _) in enumerate(zip(MARKERS, embeddings)):
+            colours = [PALETTE[label] for label in labels]
+            axes.scatter(*points[:, position].T, s=13, c=colours, marker=marker, alpha=0.5, linewidths=0)
+        for item in items:
+            centre = points[item].mean(axis=0)
+            for point in points[item]:
+                axes.plot(*np.stack([centre, point]).T, color=INK, linewidth=0.6, alpha=0.7, zorder=3)
+            for marker, point in zip(MARKERS, points[item]):
+                colour = PALETTE[labels[item]]
+                axes.scatter(*point, s=26, color=colour, marker=marker, edgecolors=INK, linewidths=0.6, zorder=4)
+        axes.set(xlabel=f"first principal axis ({share[0]:.0%} of the variance)")
+        axes.set(ylabel=f"second principal axis ({share[1]:.0%})")
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_title(f"{len(points)} test items; lines join the modalities of {len(items)} of them, evenly spaced")
+        modality = [
+            Line2D([], [], color=FAINT, marker=marker, linestyle="", label=name)
+            for marker, name in zip(MARKERS, embeddings)
+        ]
+        category = [
+            Line2D([], [], color=colour, marker="o", linestyle="", label=name)
+            for colour, name in zip(PALETTE, categories)
+        ]
+        figure.legend(handles=[*modality, *category], loc="outside right center", fontsize=8, handletextpad=0.2)
+        return _save(figure, path)
+
+
+def recall_heatmap(recall: np.ndarray, names: Sequence[str], path: pathlib.Path, *, title: str) -> pathlib.Path:
+    """Any-to-any recall: rows ask, columns answer. `recall` is `[k, k]` in [0, 1], NaN where nothing is asked."""
+    with mpl.rc_context(STYLE):
+        side = 1.6 + 0.85 * len(names)
+        figure = _figure(side + 0.9, side, layout="constrained")
+        axes = figure.subplots()
+        shades = mpl.colormaps["cividis"].with_extremes(bad="#F2F2F2")
+        highest = max(float(np.nanmax(recall)), 1e-3)
+        image = axes.imshow(np.ma.masked_invalid(recall), cmap=shades, vmin=0, vmax=highest)
+        for (row, column), value in np.ndenumerate(recall):
+            if np.isfinite(value):
+                ink = "white" if value < 0.55 * highest else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=11)
+        axes.set_xticks(range(len(names)), names, rotation=35 if len(names) > 4 else 0)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="answer", ylabel="query")
+        axes.set_title(title)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks(np.arange(len(names) - 1) + 0.5, minor=True)
+        axes.set_yticks(np.arange(len(names) - 1) + 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=2)
+        axes.tick_params(which="minor", length=0)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8)
+        bar.outline.set_visible(False)
+        return _save(figure, path)
+
+
+def drawable(text: str, fallback: str) -> str:
+    """`text` if some installed font can draw all of it (Chinese needs one that many machines lack), else `fallback`."""
+    needed = {ord(character) for character in text if not character.isspace()}
+    for family in STYLE["font.sans-serif"]:
+        try:
+            file = font_manager.findfont(family, fallback_to_default=False)
+        except ValueError:
+            continue
+        needed -= set(font_manager.get_font(file).get_charmap())
+    return fallback if needed else text
+
+
+def _gallery_row(axes: Axes, row: GalleryRow, top: float, query_width: float, columns: int) -> None:
+    if isinstance(row.query, str):
+        lines = textwrap.fill(row.query, 30, max_lines=3, placeholder=" …")
+        axes.text(0.12, top + 0.33, lines, va="center", fontsize=8.5)
+    elif row.query.ndim == 1:
+        low, high = _envelope(row.query, 160)
+        across = np.linspace(0.15, query_width - 0.45, len(low))
+        axes.fill_between(across, top + 0.27 - 0.22 * high, top + 0.27 - 0.22 * low, color="#555555", linewidth=0.3)
+        axes.text(0.12, top + 0.64, f"“{textwrap.shorten(row.name, 34, placeholder=' …')}”", va="center", fontsize=8)
+    else:
+        _picture(axes, row.query, 0.12, top)
+        axes.text(0.84, top + 0.29, textwrap.fill(row.name, 16, max_lines=3, placeholder=" …"), va="center", fontsize=8)
+    for column, found in enumerate(row.found):
+        _found(axes, found, query_width + column, top, framed=found.right)
+    left = query_width + columns + 0.2
+    _found(axes, row.answer, left, top, framed=False)
+    axes.text(
+        left + 0.68,
+        top + 0.32,
+        f"rank {row.rank}",
+        va="center",
+        fontsize=8.5,
+        fontweight="bold" if row.rank == 1 else "normal",
+    )
+
+
+def _found(axes: Axes, found: Found, left: float, top: float, *, framed: bool) -> None:
+    _picture(axes, found.picture, left, top)
+    if framed:
+        axes.add_patch(Rectangle((left - 0.045, top + 0.005), 0.70, 0.64, fill=False, edgecolor=RIGHT, linewidth=2.2))
+    name = textwrap.shorten(found.name, 17, placeholder="…") or found.name[:15] + "…"
+    axes.text(left + 0.305, top + 0.725, name, ha="center", va="center", fontsize=6.5, color=INK if framed else FAINT)
+
+
+def _picture(axes: Axes, picture: np.ndarray, left: float, top: float, side: float = 0.58) -> None:
+    extent = (left + 0.015, left + 0.015 + side, top + 0.03 + side, top + 0.03)
+    axes.imshow(np.clip(picture, 0, 1), extent=extent, interpolation="bilinear", aspect="auto", zorder=2)
+
+
+def _envelope(waveform: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    parts = np.array_split(waveform / max(float(np.abs(waveform).max()), 1e-9), bins)
+    return np.array([part.min() for part in parts]), np.array([part.max() for part in parts])
+
+
+def _panel(name: str) -> str:
+    return name.rsplit("/", 1)[0] if "/" in name else name
+
+
+def _smoothed(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    width = max(len(values) // 40, 2)
+    kernel = np.ones(width) / width
+    return np.convolve(steps, kernel, mode="valid"), np.convolve(values, kernel, mode="valid")
+
+
+def _evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
+
+
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
