@@ -16,13 +16,14 @@ from gramjax.encoders.layers import (
     MLP,
     Attention,
     Initializer,
+    LayerNorm,
     PatchEmbedding,
     apply_layer,
+    at_least_float32,
     dropout,
     fan_in_uniform,
     gelu,
     layer_keys,
-    layer_norm,
     normal_02,
     require_multiple,
     require_positive,
@@ -169,10 +170,10 @@ class BEATs(nnx.Module):
         c = config
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.patch_embedding = PatchEmbedding(c.patch_size, 1, c.patch_dim, use_bias=False, rngs=rngs, **dtypes)
-        self.patch_norm = layer_norm(c.patch_dim, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.patch_norm = LayerNorm(c.patch_dim, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.projection = nnx.Linear(c.patch_dim, c.width, kernel_init=fan_in_uniform, rngs=rngs, **dtypes)
         self.position_convolution = PositionConvolution(c, rngs=rngs, **dtypes)
-        self.norm = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         # One table for all layers.
         self.relative_position_table = nnx.Param(normal_02(rngs.params(), (c.num_buckets, c.num_heads), param_dtype))
         self.layers = nnx.List([BEATsLayer(c, rngs=rngs, **dtypes) for _ in range(c.depth)])
@@ -207,7 +208,9 @@ class BEATs(nnx.Module):
         for layer, key in zip(self.layers, keys):
             drop_key, layer_key = split_key(key, 2)
             y = apply_layer(layer, x, bias, layer_key, remat=self.remat)
-            x = y if drop_key is None else jnp.where(jax.random.bernoulli(drop_key, c.layer_drop_rate), x, y)
+            if drop_key is not None and c.layer_drop_rate > 0:
+                y = jnp.where(jax.random.bernoulli(drop_key, c.layer_drop_rate), x, y)
+            x = y
         return x
 
     def embed(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens width"]:
@@ -293,8 +296,8 @@ class PositionConvolution(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """What is to be added to `x`."""
-        direction = self.direction[...]
-        kernel = self.scale[...] / _tap_lengths(direction) * direction
+        direction = self.direction[...].astype(at_least_float32(self.dtype))
+        kernel = self.scale[...].astype(direction.dtype) / _tap_lengths(direction) * direction
         taps = kernel.shape[0]
         x = jax.lax.conv_general_dilated(
             x,
@@ -377,7 +380,7 @@ class BEATsLayer(nnx.Module):
             rngs=rngs,
             **dtypes,
         )
-        self.norm1 = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm1 = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.mlp = MLP(
             c.width,
             c.mlp_dim,
@@ -387,7 +390,7 @@ class BEATsLayer(nnx.Module):
             rngs=rngs,
             **dtypes,
         )
-        self.norm2 = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm2 = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.dropout_rate = c.dropout_rate
 
     def __call__(

@@ -67,7 +67,9 @@ def strip_prefix(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def params_from_torch(module: nnx.Module, rules: Sequence[Rule], state_dict: Mapping[str, np.ndarray]) -> nnx.State:
+def params_from_torch(
+    module: nnx.Module, rules: Sequence[Rule], state_dict: Mapping[str, np.ndarray]
+) -> Mapping[str, Any]:
     """Converts a PyTorch state dict to the parameters of `module`.
 
     Args:
@@ -77,7 +79,7 @@ def params_from_torch(module: nnx.Module, rules: Sequence[Rule], state_dict: Map
         state_dict: names to arrays of any floating dtype; they are cast to the parameters' dtypes.
 
     Returns:
-        The `nnx.Param` state, ready for `nnx.update(module, state)`.
+        The parameters as an `nnx.State`, ready for `nnx.update(module, state)`.
 
     Raises:
         ValueError: listing by name all keys that are missing, unexpected, of a wrong shape or dtype, and all copies
@@ -157,7 +159,7 @@ def _apply(
     try:
         parts = np.split(tensor, len(r.paths)) if len(r.paths) > 1 else [tensor]
         parts = [rearrange(part, r.layout) for part in parts]
-    except (ValueError, EinopsError):
+    except (ValueError, IndexError, EinopsError):  # wrong rank, or not even parts
         parts = []
     if [part.shape for part in parts] != shapes:
         target = " and ".join(f"{path} {shape}" for path, shape in zip(r.paths, shapes))

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from gramjax.encoders.conversion import LINEAR, Rule, linear_rules, norm_rules, rule
-from gramjax.encoders.layers import gelu, layer_norm, normal_02
+from gramjax.encoders.layers import LayerNorm, at_least_float32, gelu, normal_02
 
 
 def cls_pool(tokens: Float[Array, "*batch length width"]) -> Float[Array, "*batch width"]:
@@ -27,7 +27,7 @@ def mean_pool(
         >>> mean_pool(jnp.array([[1.0, 2.0], [3.0, 6.0]]), where=jnp.array([True, False])).tolist()
         [1.0, 2.0]
     """
-    dtype = jnp.promote_types(tokens.dtype, jnp.float32)
+    dtype = at_least_float32(tokens.dtype)
     if where is None:
         return tokens.mean(axis=-2, dtype=dtype).astype(tokens.dtype)
     present = rearrange(where, "... l -> ... l 1")
@@ -41,7 +41,7 @@ def l2_normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     A vector shorter than 1e-12 has no direction worth following: it is scaled as above, and its gradient is zero
     (the derivative, 1e12, would wreck the model it flows into).
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(at_least_float32(x.dtype))
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
     has_direction = squared > 1e-24
     # The inner `where` keeps sqrt and the division away from 0 in both passes.
@@ -105,7 +105,7 @@ class MatchingHead(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.linear1 = nnx.Linear(width, width, kernel_init=normal_02, rngs=rngs, **dtypes)
-        self.norm = layer_norm(width, 1e-12, rngs=rngs, **dtypes)
+        self.norm = LayerNorm(width, 1e-12, rngs=rngs, **dtypes)
         self.linear2 = nnx.Linear(width, 2, kernel_init=normal_02, rngs=rngs, **dtypes)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch 2"]:

@@ -57,22 +57,48 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=False)
 
 
-def layer_norm(width: int, epsilon: float, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the last axis, computed in at least float32 by two passes, result in `dtype`."""
-    return nnx.LayerNorm(
-        width,
-        epsilon=epsilon,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses the variance of activations with a large mean
-        promote_dtype=_promote_to_float32,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
+def at_least_float32(dtype: Any) -> Any:
+    """`dtype`, or float32 for the half precisions."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
-def _promote_to_float32(args: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    return tuple(array.astype(dtype) for array in args)
+class LayerNorm(nnx.Module):
+    """Normalisation over the last axis, in at least float32.
+
+    Unlike `nnx.LayerNorm`, scale and bias are not rounded to the dtype of the computation first.
+
+    Args:
+        width: size of the last axis.
+        epsilon: added to the variance.
+        rngs: not used: scale starts at 1, bias at 0.
+        dtype: of the result.
+        param_dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        epsilon: float,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+    ):
+        self.scale = nnx.Param(jnp.ones(width, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+        self.epsilon = epsilon
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Zero mean and unit variance (the biased one), then scale and bias."""
+        dtype = at_least_float32(x.dtype)
+        x = x.astype(dtype)
+        x = x - x.mean(axis=-1, keepdims=True)
+        # A second pass: E[x^2] - E[x]^2 would lose the variance of activations with a large mean.
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        leading = (1,) * (x.ndim - 1)
+        scale, bias = (p[...].astype(dtype).reshape(*leading, -1) for p in (self.scale, self.bias))
+        return (x * scale + bias).astype(self.dtype)
 
 
 def dot_product_attention(
@@ -85,7 +111,7 @@ def dot_product_attention(
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim) + bias) value, the softmax in at least float32."""
-    accumulate = jnp.promote_types(query.dtype, jnp.float32)
+    accumulate = at_least_float32(query.dtype)
     query = query * query.shape[-1] ** -0.5
     logits = jnp.einsum("nqhd,nkhd->nhqk", query, key, preferred_element_type=accumulate)
     if bias is not None:
@@ -240,10 +266,13 @@ class PatchEmbedding(nnx.Module):
         return x if self.bias is None else x + rearrange(self.bias[...].astype(self.dtype), "d -> 1 1 d")
 
 
-def apply_layer(layer: nnx.Module, *arguments: Any, remat: bool) -> Any:
+def apply_layer(layer: Callable[..., Array], *arguments: Any, remat: bool) -> Array:
     """Calls `layer`; with `remat` its activations are recomputed in the backward pass instead of stored."""
-    call: Callable[..., Any] = lambda layer, *arguments: layer(*arguments)  # noqa: E731
-    return nnx.remat(call)(layer, *arguments) if remat else call(layer, *arguments)
+    if not remat:
+        return layer(*arguments)
+    # By hand: `nnx.remat` writes parameters back, which fails for a model that a traced function has captured.
+    graph, params = nnx.split(layer)
+    return jax.checkpoint(lambda params, *arguments: nnx.merge(graph, params)(*arguments))(params, *arguments)
 
 
 def require_positive(config: Any, *names: str) -> None:

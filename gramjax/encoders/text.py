@@ -1,9 +1,10 @@
-"""BERT (arXiv 1810.04805): token ids to tokens; with cross-attention, fused with what another modality says."""
+"""BERT (arXiv 1810.04805): token ids to tokens."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.core import Tracer
@@ -13,10 +14,10 @@ from gramjax.encoders.conversion import Rule, linear_rules, norm_rules, prefixed
 from gramjax.encoders.layers import (
     MLP,
     Attention,
+    LayerNorm,
     apply_layer,
     dropout,
     layer_keys,
-    layer_norm,
     normal_02,
     require_multiple,
     require_positive,
@@ -68,22 +69,23 @@ class BERTConfig:
 class BERT(nnx.Module):
     """Token ids to tokens: word, position and type embeddings, then post-norm layers.
 
-        Args:
-            config: the sizes.
-            rngs: stream `params` initialises the parameters.
-            dtype: of the computation and the result.
-            param_dtype: of the parameters.
-            remat: recompute each layer's activations in the backward pass instead of storing them.
+            Args:
+                config: the sizes.
+                rngs: stream `params` initialises the parameters.
+                dtype: of the computation and the result.
+                param_dtype: of the parameters.
+                remat: recompute each layer's activations in the backward pass instead of storing them.
 
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from flax import nnx
-    from jax.core import Tracer
-            >>> config = BERTConfig(vocab_size=100, max_length=16, width=64, depth=2, num_heads=4, mlp_dim=128)
-            >>> encoder = BERT(config, rngs=nnx.Rngs(0))
-            >>> ids = jnp.array([[1, 7, 8, 2, 0, 0]])
-            >>> encoder(ids, ids != 0).shape
-            (1, 6, 64)
+            Example:
+                >>> import jax.numpy as jnp
+    import numpy as np
+                >>> from flax import nnx
+        from jax.core import Tracer
+                >>> config = BERTConfig(vocab_size=100, max_length=16, width=64, depth=2, num_heads=4, mlp_dim=128)
+                >>> encoder = BERT(config, rngs=nnx.Rngs(0))
+                >>> ids = jnp.array([[1, 7, 8, 2, 0, 0]])
+                >>> encoder(ids, ids != 0).shape
+                (1, 6, 64)
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class BERT(nnx.Module):
         self.word_embedding = table(c.vocab_size)
         self.position_embedding = table(c.max_length)
         self.type_embedding = table(c.type_vocab_size)
-        self.norm = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.layers = nnx.List([BERTLayer(c, rngs=rngs, **dtypes) for _ in range(c.depth)])
         self.config = config
         self.dtype = dtype
@@ -175,8 +177,11 @@ class BERT(nnx.Module):
             raise TypeError(f"ids must be integers, got dtype {ids.dtype}")
         if mask.dtype != jnp.bool_:
             raise TypeError(f"mask must be bool (True for tokens), got dtype {mask.dtype}")
-        if not isinstance(ids, Tracer) and ids.size and not 0 <= ids.min() <= ids.max() < c.vocab_size:
-            raise ValueError(f"ids must lie in [0, vocab_size={c.vocab_size}), got {ids.min()} to {ids.max()}")
+        if not isinstance(ids, Tracer) and ids.is_fully_addressable and ids.size:
+            concrete = np.asarray(ids)  # under jit, jnp would trace even this
+            low, high = concrete.min(), concrete.max()
+            if low < 0 or high >= c.vocab_size:
+                raise ValueError(f"ids must lie in [0, vocab_size={c.vocab_size}), got {low} to {high}")
 
 
 class BERTLayer(nnx.Module):
@@ -186,9 +191,9 @@ class BERTLayer(nnx.Module):
         c = config
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.attention = Attention(c.width, c.num_heads, dropout_rate=c.attention_dropout_rate, rngs=rngs, **dtypes)
-        self.norm1 = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm1 = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.mlp = MLP(c.width, c.mlp_dim, rngs=rngs, **dtypes)
-        self.norm2 = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm2 = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.dropout_rate = c.dropout_rate
 
     def __call__(

@@ -16,13 +16,13 @@ from gramjax.encoders.layers import (
     MLP,
     Attention,
     Initializer,
+    LayerNorm,
     PatchEmbedding,
     apply_layer,
     drop_path,
     dropout,
     gelu,
     layer_keys,
-    layer_norm,
     normal_02,
     require_multiple,
     require_positive,
@@ -72,6 +72,8 @@ class VisionConfig:
         require_multiple(self, "image_size", "patch_size")
         require_multiple(self, "width", "num_heads")
         require_rate(self, "drop_path_rate", "dropout_rate")
+        if not all(isinstance(channels, int) and channels >= 1 for channels in self.stem_channels):
+            raise ValueError(f"VisionConfig.stem_channels must be integers >= 1, got {self.stem_channels}")
         if self.stem_channels and self.patch_size != 2 ** len(self.stem_channels):
             raise ValueError(
                 f"VisionConfig.stem_channels={self.stem_channels} reduces pictures {2 ** len(self.stem_channels)} "
@@ -124,7 +126,7 @@ class VisionTransformer(nnx.Module):
         self.blocks = nnx.List(
             [Block(c, index=i, drop_path_rate=rate, rngs=rngs, **dtypes) for i, rate in enumerate(rates)]
         )
-        self.norm = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.config = config
         self.dtype = dtype
         self.remat = remat
@@ -210,9 +212,9 @@ class Block(nnx.Module):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         # Branches of deeper blocks start smaller, so that the sum keeps its scale (BEiT, arXiv 2106.08254).
         branch_init: Initializer = nnx.initializers.truncated_normal(0.02 / (2 * (index + 1)) ** 0.5)
-        self.norm1 = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm1 = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.attention = Attention(c.width, c.num_heads, key_bias=False, out_init=branch_init, rngs=rngs, **dtypes)
-        self.norm2 = layer_norm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
+        self.norm2 = LayerNorm(c.width, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.mlp = MLP(c.width, c.mlp_dim, out_init=branch_init, rngs=rngs, **dtypes)
         self.dropout_rate = c.dropout_rate
         self.drop_path_rate = drop_path_rate
@@ -257,7 +259,7 @@ class ConvolutionalStem(nnx.Module):
                 for i, o in pairwise(sizes)
             ]
         )
-        self.norms = nnx.List([layer_norm(o, config.layer_norm_epsilon, rngs=rngs, **dtypes) for o in sizes[1:]])
+        self.norms = nnx.List([LayerNorm(o, config.layer_norm_epsilon, rngs=rngs, **dtypes) for o in sizes[1:]])
         self.projection = nnx.Linear(sizes[-1], config.width, rngs=rngs, **dtypes)
 
     def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches features"]:

@@ -1,0 +1,261 @@
+"""What holds for every encoder: one small one of each kind goes through the same tests."""
+
+import functools
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gramjax.encoders import BERT, BEATs, BEATsConfig, BERTConfig, VisionConfig, VisionTransformer
+
+VISION = VisionConfig(
+    image_size=16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32, drop_path_rate=0.5, dropout_rate=0.1
+)
+STEM = replace(VISION, stem_channels=(8, 12), depth=1)
+AUDIO = BEATsConfig(
+    patch_size=4,
+    patch_dim=12,
+    width=16,
+    depth=2,
+    num_heads=2,
+    mlp_dim=32,
+    position_kernel=6,
+    position_groups=4,
+    num_buckets=16,
+    max_distance=12,
+)
+TEXT = BERTConfig(vocab_size=50, max_length=12, width=16, depth=2, num_heads=2, mlp_dim=32)
+
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+
+
+def text_inputs():
+    ids = np.random.default_rng(0).integers(0, 50, (3, 12)).astype(np.int32)
+    return jnp.asarray(ids), jnp.asarray(np.arange(12) < np.array([[12], [5], [1]]))
+
+
+CASES = {
+    "vision": (VisionTransformer, VISION, lambda: (normal(3, 16, 16, 3),), 17),
+    "vision-stem": (VisionTransformer, STEM, lambda: (normal(3, 16, 16, 3),), 17),
+    "audio": (BEATs, AUDIO, lambda: (normal(3, 20, 8),), 10),
+    "text": (BERT, TEXT, text_inputs, 12),
+}
+each = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def build(name, **options):
+    """The encoder and inputs. Its parameters are drawn by NumPy: no bias is zero, no scale is one, and it is fast."""
+    encoder, config, inputs, _ = CASES[name]
+    model = nnx.eval_shape(lambda: encoder(config, rngs=nnx.Rngs(0), **options))
+    state = nnx.state(model)
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        if path[-1] == "scale":
+            return rng.uniform(0.5, 1.5, shape)
+        return rng.normal(size=shape) * (0.2 if len(shape) == 1 else np.prod(shape[:-1]) ** -0.5)
+
+    arrays = [
+        (path, variable.replace(jnp.asarray(draw(path, variable.shape), variable.dtype)))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    nnx.update(model, nnx.from_flat_state(arrays))
+    return model, inputs()
+
+
+@functools.cache
+def forward(name, **options):
+    graph = nnx.split(build(name, **options)[0])[0]
+    return jax.jit(
+        lambda params, inputs, key: nnx.merge(graph, params)(
+            *inputs, rngs=None if key is None else nnx.Rngs(dropout=key)
+        )
+    )
+
+
+@functools.cache
+def loss_and_gradient(name, **options):
+    def loss(params, inputs, key):
+        outputs = forward(name, **options)(params, inputs, key)
+        # Unequal weights: after a LayerNorm an even sum has no gradient.
+        return jnp.sum(normal(*outputs.shape) * outputs.astype(jnp.float32))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def gradients(name, key=None, **options):
+    model, inputs = build(name, **options)
+    return loss_and_gradient(name, **options)(nnx.state(model), inputs, key)
+
+
+@each
+def test_shape_of_the_output(name):
+    model, inputs = build(name)
+    outputs = forward(name)(nnx.state(model), inputs, None)
+    assert outputs.shape == (3, CASES[name][3], 16)
+    assert outputs.dtype == jnp.float32
+
+
+@each
+def test_jit_equals_eager(name):
+    model, inputs = build(name)
+    jitted = forward(name)(nnx.state(model), inputs, None)
+    np.testing.assert_allclose(jitted, model(*inputs), atol=1e-5)
+
+
+@each
+def test_examples_do_not_mix(name):
+    model, inputs = build(name)
+    state = nnx.state(model)
+    together = forward(name)(state, inputs, None)
+    swapped = forward(name)(state, tuple(jnp.stack([x[0], x[0], x[2]]) for x in inputs), None)
+    np.testing.assert_array_equal(swapped[::2], together[::2])
+    np.testing.assert_array_equal(swapped[1], together[0])
+    assert jnp.abs(together[1] - together[0]).max() > 0.1
+
+
+@each
+def test_gradient_reaches_every_parameter(name):
+    for path, gradient in nnx.to_flat_state(gradients(name)[1]):
+        size = float(jnp.abs(gradient[...]).max())
+        if path[-2:] == ("key", "bias"):
+            assert size < 1e-4, path  # softmax does not see what is the same for all keys
+        else:
+            assert size > 1e-4, path
+
+
+@each
+def test_parameters_are_a_plain_tree(name):
+    model, _ = build(name)
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    assert not jax.tree.leaves(rest)
+    arrays = jax.tree.leaves(params)
+    assert len({id(array) for array in arrays}) == len(arrays)
+    assert all(array.dtype == jnp.float32 for array in arrays)
+
+
+@each
+def test_random_parts_need_rngs(name):
+    model, inputs = build(name)
+    run = functools.partial(forward(name), nnx.state(model), inputs)
+    np.testing.assert_array_equal(run(None), run(None))
+    one, again, other = (run(jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert jnp.abs(one - other).max() > 0.1
+    assert jnp.abs(one - run(None)).max() > 0.1
+
+
+@each
+def test_rates_of_zero_leave_nothing_random(name):
+    encoder, config, inputs, _ = CASES[name]
+    rates = {field: 0.0 for field in vars(config) if field.endswith("_rate")}
+    assert len(rates) >= 2
+    graph = nnx.graphdef(nnx.eval_shape(lambda: encoder(replace(config, **rates), rngs=nnx.Rngs(0))))
+    model = nnx.merge(graph, nnx.state(build(name)[0]))
+    jaxpr = jax.make_jaxpr(lambda key: model(*inputs(), rngs=nnx.Rngs(dropout=key)))(jax.random.key(0))
+    assert "random_bits" not in str(jaxpr)
+
+
+@each
+def test_remat_changes_memory_only(name):
+    key = jax.random.key(1)
+    plain, saved = gradients(name, key), gradients(name, key, remat=True)
+    np.testing.assert_allclose(plain[0], saved[0], rtol=1e-4)
+    chex.assert_trees_all_close(plain[1], saved[1], atol=1e-3, rtol=1e-4)
+    model, inputs = build(name, remat=True)
+    jaxpr = jax.make_jaxpr(lambda: model(*inputs))()
+    layers = sum(equation.primitive.name in ("checkpoint", "remat2") for equation in jaxpr.eqns)
+    assert layers == model.config.depth
+
+
+@each
+def test_bfloat16_computation_with_float32_parameters(name):
+    model, inputs = build(name, dtype=jnp.bfloat16)
+    expected = forward(name)(nnx.state(model), inputs, None)
+    outputs = forward(name, dtype=jnp.bfloat16)(nnx.state(model), inputs, None)
+    assert outputs.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(outputs.astype(jnp.float32) - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)
+    assert 1e-4 < error.max() < 0.05
+    _, gradient = gradients(name, jax.random.key(1), dtype=jnp.bfloat16)
+    chex.assert_tree_all_finite(gradient)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+
+
+@each
+def test_float64(name, x64):
+    encoder, config, inputs, _ = CASES[name]
+    graph = nnx.graphdef(nnx.eval_shape(lambda: encoder(config, rngs=nnx.Rngs(0), dtype=jnp.float64)))
+    params = nnx.state(build(name)[0])
+    outputs = jax.jit(lambda params, inputs: nnx.merge(graph, params)(*inputs))(params, inputs())
+    assert outputs.dtype == jnp.float64
+    error = jnp.abs(outputs - forward(name)(params, inputs(), None).astype(jnp.float64)).max()
+    assert 1e-9 < error < 1e-5
+
+
+@each
+def test_gradients_stay_finite_on_constant_input(name):
+    """Silence, black pictures and padding alone: nothing varies from token to token."""
+    model, inputs = build(name)
+    zeros = tuple(jnp.zeros_like(x) for x in inputs)
+    chex.assert_tree_all_finite(loss_and_gradient(name)(nnx.state(model), zeros, None))
+
+
+IMAGE, IDS = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 8), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "error", "message"),
+    [
+        ("vision", (IMAGE[0],), ValueError, r"pixels must have shape \[batch, 16, 16, 3\].*got \(16, 16, 3\)"),
+        ("vision", (IMAGE[:, :12],), ValueError, r"pixels .*got \(2, 12, 16, 3\)"),
+        ("vision", (jnp.zeros((2, 3, 16, 16)),), ValueError, r"channels last.*got \(2, 3, 16, 16\)"),
+        ("vision", (IMAGE.astype(jnp.uint8),), TypeError, "pixels must be floating point.*uint8"),
+        ("audio", (jnp.zeros((2, 20)),), ValueError, r"fbank must have shape \[batch, time, mel\].*got \(2, 20\)"),
+        ("audio", (jnp.zeros((2, 21, 8)),), ValueError, r"multiples of 4, got \(2, 21, 8\)"),
+        ("audio", (jnp.zeros((2, 20, 6)),), ValueError, r"multiples of 4, got \(2, 20, 6\)"),
+        ("audio", (jnp.zeros((2, 0, 8)),), ValueError, r"got \(2, 0, 8\)"),
+        ("audio", (jnp.zeros((2, 20, 8), jnp.int32),), TypeError, "fbank must be floating point.*int32"),
+        ("text", (IDS[0], IDS[0] == 0), ValueError, r"ids must have shape \[batch, length\], got \(8,\)"),
+        ("text", (jnp.zeros((2, 13), jnp.int32), jnp.ones((2, 13), bool)), ValueError, "13 tokens.*max_length=12"),
+        ("text", (IDS, jnp.ones((2, 7), bool)), ValueError, r"mask must have the shape of ids, \(2, 8\), got \(2, 7\)"),
+        ("text", (IDS.astype(jnp.float32), IDS == 0), TypeError, "ids must be integers.*float32"),
+        ("text", (IDS, IDS), TypeError, "mask must be bool.*int32"),
+        ("text", (IDS + 50, IDS == 0), ValueError, r"ids must lie in \[0, vocab_size=50\), got 50 to 50"),
+        ("text", (IDS - 1, IDS == 0), ValueError, r"ids must lie in .*got -1 to -1"),
+    ],
+)
+def test_wrong_inputs_are_named(unchecked_signatures, name, inputs, error, message):
+    with pytest.raises(error, match=message):
+        build(name)[0](*inputs)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (VISION, {"image_size": 18}, "image_size must be a multiple of patch_size=4, got 18"),
+        (VISION, {"num_heads": 3}, "width must be a multiple of num_heads=3, got 16"),
+        (VISION, {"depth": 0}, "depth must be an integer >= 1, got 0"),
+        (VISION, {"mlp_dim": -4}, "mlp_dim must be an integer >= 1, got -4"),
+        (VISION, {"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\), got 1.0"),
+        (VISION, {"stem_channels": (8,)}, "reduces pictures 2 times, so patch_size must be that, got 4"),
+        (VISION, {"stem_channels": (8, 0)}, "stem_channels must be integers >= 1"),
+        (AUDIO, {"num_heads": 5}, "width must be a multiple of num_heads=5"),
+        (AUDIO, {"position_groups": 3}, "width must be a multiple of position_groups=3"),
+        (AUDIO, {"num_buckets": 7}, "num_buckets must be even"),
+        (AUDIO, {"max_distance": 4}, "max_distance must exceed num_buckets / 4 = 4, got 4"),
+        (AUDIO, {"layer_drop_rate": -0.1}, "layer_drop_rate must lie in"),
+        (TEXT, {"vocab_size": 0}, "vocab_size must be an integer >= 1"),
+        (TEXT, {"num_heads": 3}, "width must be a multiple of num_heads"),
+        (TEXT, {"dropout_rate": 2.0}, "dropout_rate must lie in"),
+    ],
+)
+def test_wrong_configurations_are_named(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change)

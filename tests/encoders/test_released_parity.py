@@ -1,0 +1,241 @@
+"""The encoders against the published PyTorch code, and every parameter of its files against the output."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from flax import nnx
+
+from gramjax.encoders import BERT, BEATs, BEATsConfig, BERTConfig, MatchingHead, VisionConfig, VisionTransformer
+from gramjax.encoders.conversion import (
+    from_torch,
+    linear_rules,
+    norm_rules,
+    parameter_count,
+    params_from_torch,
+    strip_prefix,
+)
+from gramjax.encoders.layers import Attention, LayerNorm
+
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
+
+VISION = VisionConfig(image_size=42, patch_size=14, width=48, depth=3, num_heads=3, mlp_dim=209)
+TEXT = BERTConfig(vocab_size=97, max_length=64, width=40, depth=3, num_heads=4, mlp_dim=80)
+
+
+def vision_case(golden):
+    config, inputs, outputs, state_dict = golden("eva_tiny")
+    sizes = config["vision_cfg"]
+    assert (sizes["layers"], sizes["width"], int(sizes["width"] * sizes["mlp_ratio"])) == (3, 48, VISION.mlp_dim)
+    pixels = jnp.asarray(rearrange(inputs["pixels"], "n c h w -> n h w c"))
+    return VisionTransformer, VISION, (pixels,), outputs, strip_prefix(state_dict, "visual.")
+
+
+def audio_case(golden, name="beats_tiny"):
+    config, inputs, outputs, state_dict = golden(name)
+    return BEATs, BEATsConfig.from_torch(config), (jnp.asarray(inputs["fbank"]),), outputs, state_dict
+
+
+def text_case(golden):
+    _, inputs, outputs, state_dict = golden("bert_tiny")
+    state_dict = strip_prefix(state_dict, "multimodal_encoder.bert.")
+    state_dict = {key: value for key, value in state_dict.items() if "crossattention" not in key}
+    ids, mask = jnp.asarray(inputs["input_ids"].astype(np.int32)), jnp.asarray(inputs["attention_mask"] == 1)
+    return BERT, TEXT, (ids, mask), {"features": outputs["text_hidden"]} | outputs, state_dict
+
+
+CASES = [
+    pytest.param(vision_case, id="vision"),
+    pytest.param(audio_case, id="audio"),
+    pytest.param(lambda golden: audio_case(golden, "beats_256tok"), id="audio-256-tokens"),
+    pytest.param(text_case, id="text"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features(golden, case):
+    encoder, config, inputs, outputs, state_dict = case(golden)
+    close(from_torch(encoder, config, state_dict)(*inputs), outputs["features"])
+
+
+def test_vision_intermediates(golden):
+    encoder, config, (pixels,), outputs, state_dict = vision_case(golden)
+    model = from_torch(encoder, config, state_dict)
+    close(model.patch_embedding(pixels), outputs["patch"])
+    x = model.embed(pixels)
+    close(x, outputs["embed"])
+    for i, block in enumerate(model.blocks):
+        x = block(x)
+        close(x, outputs[f"block{i}"])
+
+
+def test_audio_intermediates(golden):
+    encoder, config, (fbank,), outputs, state_dict = audio_case(golden)
+    model = from_torch(encoder, config, state_dict)
+    close(model.patch_embedding(rearrange(fbank, "n t m -> n t m 1")), outputs["patch"])
+    x = model.embed(fbank)
+    close(x, outputs["proj"])
+    close(model.position_convolution(x), outputs["pos_conv"])
+    bias = model.position_bias(x.shape[1])
+    close(bias, outputs["position_bias"])
+    x = model.norm(x + model.position_convolution(x))
+    for i, layer in enumerate(model.layers):
+        x = layer(x, bias)
+        close(x, outputs[f"layer{i}"])
+
+
+def test_audio_intermediates_at_the_released_length(golden):
+    encoder, config, (fbank,), outputs, state_dict = audio_case(golden, "beats_256tok")
+    model = from_torch(encoder, config, state_dict)
+    x = model.embed(fbank)
+    close(x, outputs["proj"])
+    close(model.position_convolution(x), outputs["pos_conv"])
+    bias = model.position_bias(256)
+    close(bias[:, 0], outputs["position_bias_row0"])
+    close(bias[:, 255], outputs["position_bias_row255"])
+
+
+def test_both_spellings_of_weight_normalisation(golden):
+    encoder, config, inputs, outputs, state_dict = audio_case(golden)
+    spelling = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    for old, new in spelling.items():
+        state_dict[f"encoder.pos_conv.0.{new}"] = state_dict.pop(f"encoder.pos_conv.0.{old}")
+    close(from_torch(encoder, config, state_dict)(*inputs), outputs["features"])
+
+
+def test_attention_to_a_context(golden):
+    """The fusion encoder's layers, put together here from BERT's and an attention whose keys come from elsewhere."""
+    encoder, config, (ids, mask), outputs, state_dict = text_case(golden)
+    inputs, everything = golden("bert_tiny").inputs, golden("bert_tiny").state_dict
+    context = jnp.asarray(inputs["encoder_hidden_states"])
+    model = from_torch(encoder, config, state_dict)
+    bias = jnp.where(mask, 0.0, -1e4)[:, None, None]
+    x = model.embed(ids)
+    for i, layer in enumerate(model.layers):
+        cross = CrossAttention(rngs=nnx.Rngs(0))
+        part = strip_prefix(everything, f"multimodal_encoder.bert.encoder.layer.{i}.crossattention.")
+        nnx.update(cross, params_from_torch(cross, cross.rules, part))
+        x = layer.norm1(x + layer.attention(x, bias=bias))
+        x = cross.norm(x + cross.attention(x, context))
+        x = layer.norm2(x + layer.mlp(x))
+    close(x, outputs["cross_hidden"])
+
+
+class CrossAttention(nnx.Module):
+    rules = (
+        *linear_rules("self.query", "attention.query"),
+        *linear_rules("self.key", "attention.key"),
+        *linear_rules("self.value", "attention.value"),
+        *linear_rules("output.dense", "attention.out"),
+        *norm_rules("output.LayerNorm", "norm"),
+    )
+
+    def __init__(self, rngs):
+        self.attention = Attention(40, 4, rngs=rngs)
+        self.norm = LayerNorm(40, 1e-12, rngs=rngs)
+
+
+def test_matching_head(golden):
+    _, _, outputs, state_dict = golden("bert_tiny")
+    head = nnx.eval_shape(lambda: MatchingHead(40, rngs=nnx.Rngs(0)))
+    nnx.update(head, params_from_torch(head, head.torch_rules(), strip_prefix(state_dict, "itm_head.")))
+    logits = head(jnp.asarray(outputs["cross_hidden"][:, 0]))
+    close(logits, outputs["itm_logits"])
+    close(jax.nn.softmax(logits)[:, 1], outputs["itm_score"])
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3]])
+def test_every_released_parameter_is_used(golden, case):
+    encoder, config, inputs, _, state_dict = case(golden)
+    model = from_torch(encoder, config, state_dict)
+    graph, params = nnx.split(model)
+    forward = jax.jit(lambda params: nnx.merge(graph, params)(*inputs))
+    before = forward(params)
+    rng = np.random.default_rng(0)
+    tested = 0
+    for rule in encoder.torch_rules(config):
+        present = [key for key in rule.keys if key in state_dict]
+        if not rule.paths or not present:
+            continue
+        noise = rng.normal(size=state_dict[present[0]].shape).astype(np.float32)
+        changed = state_dict | {key: state_dict[key] + noise for key in present}
+        converted = params_from_torch(model, encoder.torch_rules(config), changed)
+        unequal = {
+            ".".join(map(str, path))
+            for (path, new), (_, old) in zip(nnx.to_flat_state(converted), nnx.to_flat_state(params), strict=True)
+            if not np.array_equal(new[...], old[...])
+        }
+        assert unequal == set(rule.paths)
+        difference = float(jnp.abs(forward(converted) - before).max())
+        if rule.paths[0].endswith("key.bias"):
+            assert difference < 1e-4, rule  # q.b is the same for all keys: softmax does not see it
+        else:
+            assert difference > 1e-3, rule
+        tested += len(present)
+    unused = {"head.weight", "head.bias", "embeddings.position_ids"}
+    assert tested == len(set(state_dict) - unused)
+
+
+def test_half_precision_files_load(golden):
+    encoder, config, inputs, outputs, state_dict = vision_case(golden)
+    model = from_torch(encoder, config, {key: value.astype(np.float16) for key, value in state_dict.items()})
+    assert model.blocks[0].mlp.fc1.kernel.dtype == jnp.float32
+    np.testing.assert_allclose(model(*inputs), outputs["features"], atol=0.05)
+
+
+def test_released_sizes():
+    """Parameter counts of the files: EVA 1,012.59 M with CLIP's head, 25.249 M a block; BEATs 90.31 M;
+    bert-base-uncased 109.48 M with its pooler."""
+
+    def count(encoder, config):
+        """Of the whole depth, from two shallow ones: tracing forty blocks takes seconds."""
+        shallow = [replace(config, depth=depth) for depth in (1, 2)]
+        one, two = (parameter_count(nnx.eval_shape(lambda c=c: encoder(c, rngs=nnx.Rngs(0)))) for c in shallow)
+        return one + (config.depth - 1) * (two - one), two - one
+
+    vision, block = count(VisionTransformer, VisionConfig())
+    clip_head = 1408 * 1024 + 1024
+    assert round((vision + clip_head) / 1e6, 2) == 1012.59
+    assert round(block / 1e6, 3) == 25.249
+    assert round(count(BEATs, BEATsConfig())[0] / 1e6, 2) == 90.31
+    pooler = 768 * 768 + 768
+    assert count(BERT, BERTConfig())[0] + pooler == 109_482_240
+
+
+def test_beats_configuration_of_the_file():
+    released = {
+        "input_patch_size": 16,
+        "embed_dim": 512,
+        "conv_bias": False,
+        "encoder_layers": 12,
+        "encoder_embed_dim": 768,
+        "encoder_ffn_embed_dim": 3072,
+        "encoder_attention_heads": 12,
+        "activation_fn": "gelu",
+        "layer_norm_first": False,
+        "deep_norm": True,
+        "conv_pos": 128,
+        "conv_pos_groups": 16,
+        "relative_position_embedding": True,
+        "num_buckets": 320,
+        "max_distance": 800,
+        "gru_rel_pos": True,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.0,
+        "encoder_layerdrop": 0.05,
+        "dropout_input": 0.1,
+        "finetuned_model": False,
+    }
+    assert BEATsConfig.from_torch(released) == BEATsConfig()
+    assert BEATsConfig.from_torch(released | {"max_distance": 1280, "dropout": 0.2}) == BEATsConfig(
+        max_distance=1280, dropout_rate=0.2
+    )
+    broken = released | {"layer_norm_first": True, "gru_rel_pos": False}
+    del broken["conv_pos"]
+    with pytest.raises(ValueError, match=r"(?s)missing: conv_pos.*layer_norm_first=True.*gru_rel_pos=False"):
+        BEATsConfig.from_torch(broken)
