@@ -1,0 +1,129 @@
+"""The checkpoints of one training run: the latest to go on from, the best to evaluate."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from gramjax.checkpoints.trees import as_target
+
+
+class Checkpointer:
+    """A directory of checkpoints named by step: the latest few, and the best by one metric.
+
+    A checkpoint holds a tree of arrays (parameters, optimizer, step, random keys) and, if given, the position of a
+    grain iterator, one file per process. It is written in the background into a temporary directory and renamed when
+    complete, and older ones are removed only after that: a process killed at any moment leaves the previous checkpoint
+    usable.
+
+    Use it as a context manager, or call `close`: leaving waits for the write in progress.
+
+    Args:
+        directory: made if it does not exist.
+        keep: how many of the latest checkpoints to keep, at least 1.
+        best_metric: name of the metric, larger is better, by which one more checkpoint is kept; None keeps no best one.
+            Among equals the later one is kept.
+        read_only: for a process that only restores: makes nothing, and leaves alone what another process is writing.
+
+    Raises:
+        ValueError: `keep` is below 1.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, *, keep: int = 1, best_metric: str | None = None, read_only: bool = False
+    ):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.directory = Path(directory).absolute()
+        self.best_metric = best_metric
+        policies: list = [checkpoint_managers.LatestN(keep)]
+        if best_metric is not None:
+            policies.append(checkpoint_managers.BestN(get_metric_fn=self._rank, n=1))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=self._rank if best_metric is not None else None,
+            cleanup_tmp_directories=not read_only,  # what a killed process left behind
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _rank(self, metrics: Mapping[str, float]) -> float:
+        return metrics.get(self.best_metric, float("-inf"))  # type: ignore[arg-type]
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the largest `best_metric`, None if no checkpoint has it."""
+        if self.best_metric is None or (step := self._manager.best_step()) is None:
+            return None
+        return step if self.best_metric in (self._manager.metrics(step) or {}) else None
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics saved with the checkpoint at `step` (empty unless there is a `best_metric`)."""
+        return dict(self._manager.metrics(step) or {})
+
+    def save(self, step: int, tree: Any, *, iterator: Any = None, metrics: Mapping[str, float] | None = None) -> None:
+        """Write a checkpoint; returns once the arrays are copied, so that the caller may donate or change them.
+
+        Args:
+            step: its name; a step already saved is left as it is.
+            tree: pytree of arrays.
+            iterator: grain iterator whose position is saved with it.
+            metrics: plain numbers saved with it, `best_metric` among them if this checkpoint is to compete.
+        """
+        if step in self._manager.all_steps():
+            return
+        items: dict[str, Any] = {"state": ocp.args.StandardSave(tree)}
+        if iterator is not None:
+            from grain.checkpoint import CheckpointSave
+
+            items["iterator"] = CheckpointSave(iterator)
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=numbers, force=True)
+
+    def restore(self, target: Any, *, step: int | Literal["latest", "best"] = "latest", iterator: Any = None) -> Any:
+        """Read a checkpoint.
+
+        Args:
+            target: tree of arrays or `jax.ShapeDtypeStruct`s: structure, shapes, dtypes, and where to place each
+                leaf. It may be sharded over other devices than the saved one.
+            step: which one; "best" is the one with the largest `best_metric`.
+            iterator: grain iterator to set, in place, to the saved position. The number of processes must be the one it
+                was saved with.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: the names or shapes in `target` are not those saved.
+        """
+        number = {"latest": self.latest_step, "best": self.best_step}[step] if isinstance(step, str) else step
+        if number is None or number not in self._manager.all_steps():
+            kept = sorted(self._manager.all_steps()) or "none"
+            raise FileNotFoundError(f"step must name a checkpoint, got {step!r}; {self.directory} has steps {kept}")
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(as_target(target))}
+        if iterator is not None:
+            from grain.checkpoint import CheckpointRestore
+
+            items["iterator"] = CheckpointRestore(iterator)
+        return self._manager.restore(number, args=ocp.args.Composite(**items))["state"]
+
+    def wait(self) -> None:
+        """Wait until the checkpoint being written is complete; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the checkpoint being written and release the threads."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,71 @@
+"""One tree of arrays in one directory."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None:
+    """Write a tree of arrays to the directory `path`, which appears only once everything is in it.
+
+    Args:
+        path: directory to make.
+        tree: any pytree of arrays, random keys included: nested dictionaries, `nnx.state(module)`, an optimizer's
+            state.
+        overwrite: replace what is there.
+
+    Raises:
+        ValueError: `path` exists and `overwrite` is False.
+
+    >>> import tempfile, numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/weights", {"kernel": np.ones((2, 3), np.float32)})
+    ...     restore(f"{folder}/weights")["kernel"].shape
+    (2, 3)
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise ValueError(f"path must not exist unless overwrite=True, got {path}")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree, force=overwrite)
+
+
+def restore(path: str | os.PathLike, target: Any = None) -> Any:
+    """Read a tree of arrays that `save` wrote.
+
+    Args:
+        path: directory `save` was given.
+        target: tree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes and dtypes to restore. Every leaf
+            is placed as the target's leaf is sharded, whatever devices it was saved from; a leaf without sharding
+            goes to the default device. None gives nested dictionaries of NumPy arrays with the names they were saved
+            under.
+
+    Raises:
+        FileNotFoundError: nothing was saved at `path`.
+        ValueError: the names or shapes in `target` are not those saved.
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"path must be a checkpoint that save wrote, got {path}, which does not exist")
+    if target is None:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            names = checkpointer.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+            return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, as_target(target))
+
+
+def as_target(tree: Any) -> Any:
+    """The shapes, dtypes and shardings of a tree, each leaf placed on the default device unless it says otherwise."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape, dtype = (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else (np.shape(leaf), np.asarray(leaf).dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(leaf, "sharding", None) or default)
+
+    return jax.tree.map(describe, tree)
