@@ -1,1 +1,23 @@
-"""gramjax.training"""
+"""What a training script is made of: state and step, optimizer, sharding, metric files, clean stops."""
+
+from gramjax.training.metrics import MetricWriter
+from gramjax.training.optimizers import adamw, decayed
+from gramjax.training.preemption import GracefulStop
+from gramjax.training.sharding import data_mesh, replicate, shard_batch
+from gramjax.training.state import TrainState, create_train_state, merge
+from gramjax.training.step import LossFunction, make_train_step
+
+__all__ = [
+    "GracefulStop",
+    "LossFunction",
+    "MetricWriter",
+    "TrainState",
+    "adamw",
+    "create_train_state",
+    "data_mesh",
+    "decayed",
+    "make_train_step",
+    "merge",
+    "replicate",
+    "shard_batch",
+]

@@ -1,0 +1,41 @@
+"""The scalars of a loss that are learned with the model."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class LossParameters(nnx.Module):
+    """A temperature that is positive by construction, and optionally the bias of the sigmoid loss.
+
+    The temperature is learned through its logarithm (CLIP, arXiv 2103.00020, section 2.5), so that no step can make
+    it zero or negative; the published GRAM code learns it as it is, from 0.07. `gramjax.training.adamw` does not
+    decay either scalar.
+
+    Args:
+        temperature: initial value, positive; scores are divided by it.
+        learn_temperature: False keeps it a constant.
+        bias: initial value of the bias added to the sigmoid loss's logits (arXiv 2303.15343 starts at -10); None: no
+            bias.
+
+    Raises:
+        ValueError: `temperature` is not positive.
+
+    >>> float(LossParameters(temperature=0.07).temperature)  # doctest: +ELLIPSIS
+    0.07...
+    """
+
+    def __init__(self, *, temperature: float = 0.07, learn_temperature: bool = True, bias: float | None = None):
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self._constant = None if learn_temperature else float(temperature)
+        self.log_temperature = nnx.Param(jnp.log(jnp.float32(temperature))) if learn_temperature else None
+        self.bias = None if bias is None else nnx.Param(jnp.float32(bias))
+
+    @property
+    def temperature(self) -> Float[Array, ""] | float:
+        """What scores are divided by."""
+        if self.log_temperature is None:
+            assert self._constant is not None
+            return self._constant
+        return jnp.exp(self.log_temperature[...])

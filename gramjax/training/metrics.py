@@ -1,0 +1,64 @@
+"""Numbers logged during training: one JSON line a step, and TensorBoard."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class MetricWriter:
+    """Writes numbers to `<directory>/metrics.jsonl` and to TensorBoard files in `<directory>/tensorboard`.
+
+    Each line of metrics.jsonl is `{"step": 100, "loss": 1.25, ...}`, on disk when `write` returns. A run that is
+    resumed goes on in the same files: lines after the restored step, and a last line cut short by a kill, are dropped,
+    so that the curves have each step once.
+
+    Args:
+        directory: made if it does not exist.
+        resume_step: step of the checkpoint the run goes on from; 0 starts the files afresh.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, resume_step: int = 0):
+        self._path = Path(directory) / "metrics.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _truncate(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        # TensorBoard's own way to forget: events of earlier files at or after purge_step are not shown.
+        # The suffix keeps two files begun within a second apart.
+        self._board = SummaryWriter(
+            str(self._path.parent / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".{resume_step}"
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the numbers of one step, each under its name."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": int(step), **numbers}) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+            break
+        kept.append(line)
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(path)

@@ -1,0 +1,60 @@
+"""The compiled training step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from gramjax.training.state import TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+# (model, loss parameters, batch, rngs) -> (loss, numbers to log)
+LossFunction = Callable[[Any, Any, Mapping[str, Any], nnx.Rngs], tuple[Float[Array, ""], Metrics]]
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss_fn: LossFunction
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+    """Compile one step of training.
+
+    The state handed in is donated: do not use it afterwards. Under a mesh with Auto axes, shard the batch and
+    replicate the state (`shard_batch`, `replicate`): the loss sees the global batch, and its gradient is that of the
+    global loss.
+
+    Args:
+        graphdef: from `create_train_state`.
+        optimizer: the one the state was created with.
+        loss_fn: `(model, loss_parameters, batch, rngs) -> (loss, metrics)`: a scalar and a dictionary of scalars.
+            `rngs` depends on the state's `rng` and `step` alone.
+
+    Returns:
+        `step(state, batch) -> (state, metrics)`; metrics are those of `loss_fn` with `loss` and `grad_norm` (global
+        norm of the gradient, before clipping) added, still on the device.
+    """
+
+    def loss_of(params: Any, state: TrainState, batch: Mapping[str, Any]) -> tuple[Array, tuple[Metrics, Any]]:
+        rest = jax.tree.map(lambda leaf: leaf, state.rest)  # variables of this trace, which the model may change
+        both = nnx.merge(graphdef, params, rest)
+        rngs = nnx.Rngs(jax.random.fold_in(state.rng, state.step))
+        loss, metrics = loss_fn(both["model"], both["loss"], batch, rngs)
+        _, _, rest = nnx.split(both, nnx.Param, ...)
+        return loss, (metrics, rest)
+
+    def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        (loss, (metrics, rest)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, state, batch)
+        # Strict promotion is for models and losses: Adam's bias correction in optax mixes floats and integers.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, **metrics, "grad_norm": _global_norm(grads)}
+        return TrainState(state.step + 1, params, rest, opt_state, state.rng), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _global_norm(tree: Any) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))

@@ -1,0 +1,33 @@
+"""Signals: the first asks, the second acts."""
+
+import os
+import signal
+
+import pytest
+
+from gramjax.training import GracefulStop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted(number):
+    with GracefulStop() as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), number)
+        assert stop.requested == signal.Signals(number).name
+
+
+def test_a_second_interrupt_acts_at_once():
+    with GracefulStop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with GracefulStop():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    with GracefulStop():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
