@@ -105,7 +105,9 @@ def evaluation_batches(
 
 
 def embed_batches(
-    embed: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]], variables: Any, batches: Iterable[Mapping[str, Any]]
+    embed: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]],
+    variables: Any,
+    batches: Iterable[Mapping[str, Any]],
 ) -> Embedded:
     """Embed all valid rows of some batches, with a function `make_embed` compiled."""
     rows: list[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]] = []

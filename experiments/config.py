@@ -1,0 +1,178 @@
+"""What can be chosen about a training run. Every field is an option of `python -m experiments.train`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gramjax.encoders.audio import BEATsConfig
+from gramjax.encoders.text import BERTConfig
+from gramjax.encoders.vision import VisionConfig
+from gramjax.models import GramConfig
+
+Modality = Literal["english", "spanish", "chinese", "twitter", "google", "speech"]
+
+# The two artists' pictures share a tower, and so do the three languages.
+TOWER_OF: dict[Modality, str] = {
+    "english": "text",
+    "spanish": "text",
+    "chinese": "text",
+    "twitter": "vision",
+    "google": "vision",
+    "speech": "audio",
+}
+
+SMALL_VISION = VisionConfig(
+    image_size=32,
+    patch_size=4,
+    width=128,
+    depth=3,
+    num_heads=4,
+    mlp_dim=256,
+    drop_path_rate=0.0,
+    stem_channels=(32, 64),
+)
+SMALL_TEXT = BERTConfig(vocab_size=2048, max_length=64, width=128, depth=3, num_heads=4, mlp_dim=256)
+SMALL_AUDIO = BEATsConfig(
+    patch_dim=128,
+    width=128,
+    depth=3,
+    num_heads=4,
+    mlp_dim=256,
+    position_kernel=32,
+    position_groups=16,
+    num_buckets=64,
+    max_distance=128,
+    layer_drop_rate=0.0,
+)
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """A contrastive term: scores divided by a temperature, then cross-entropy in both directions."""
+
+    weight: float = 0.0
+    """Factor of this term in the objective; 0 leaves it out."""
+    temperature: float = 0.07
+    learn_temperature: bool = True
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """The pairwise sigmoid loss (SigLIP), mean over all pairs of modalities."""
+
+    weight: float = 0.0
+    temperature: float = 0.1
+    learn_temperature: bool = True
+    bias: float = -10.0
+    """Initial value; learned."""
+
+
+@dataclass(frozen=True)
+class PMRL:
+    """The PMRL loss: leading singular value of every item, and directions of different items kept apart."""
+
+    weight: float = 0.0
+    alignment_temperature: float = 0.05
+    regularization_temperature: float = 0.1
+    regularization_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the sum of the terms with a weight."""
+
+    gram: Contrastive = Contrastive()
+    """Volume of the anchor and the other modalities."""
+    pmrl: PMRL = PMRL()
+    anchored_infonce: Contrastive = Contrastive()
+    """Anchor against each other modality."""
+    pairwise_infonce: Contrastive = Contrastive(weight=1.0)
+    """Every modality against every other."""
+    sigmoid: Sigmoid = Sigmoid()
+    triangle: Contrastive = Contrastive()
+    """Area of the triangle of exactly three modalities."""
+    symile: Contrastive = Contrastive(temperature=0.1)
+    """Product of all modalities."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, with linear warm-up and a cosine down to 0 at the last step."""
+
+    learning_rate: float = 1e-3
+    """Peak."""
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    """Of the kernels alone."""
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    max_grad_norm: float | None = 1.0
+    """The gradient is clipped to this global norm."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model that embeds pictures, words and speech in one space."""
+
+    run_dir: Path = Path("runs/default")
+    """Where everything is written. A run found there is gone on with, if its configuration is the same."""
+    data_dir: Path = Path("runs/data")
+    """Where the prepared data set is, or will be."""
+    modalities: tuple[Modality, ...] = ("english", "twitter", "speech")
+    anchor: Modality = "english"
+    """The modality that anchored terms compare with the others."""
+    objective: Objective = Objective()
+    steps: int = 1500
+    batch_size: int = 128
+    """Of all devices and processes together."""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the towers' computations; parameters and losses stay float32."""
+    optimizer: Optimizer = Optimizer()
+    embed_dim: int = 128
+    vision: VisionConfig = SMALL_VISION
+    text: BERTConfig = SMALL_TEXT
+    audio: BEATsConfig = SMALL_AUDIO
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    validate_every: int = 100
+    """Steps between measurements of validation recall; each is also a checkpoint, and the best one is kept."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints: what a killed run loses at most."""
+    select_by: Literal["pairs", "volume", "residual", "leading_direction"] = "pairs"
+    """The validation recall that chooses the best checkpoint: of all single pairs of modalities by cosine, or of the
+    anchor against all others together by one of these scores."""
+    evaluate: bool = True
+    """Evaluate the best checkpoint on the test split at the end."""
+
+    def __post_init__(self):
+        if len(self.modalities) < 2 or len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"modalities must be two or more different ones, got {self.modalities}")
+        if self.anchor not in self.modalities:
+            raise ValueError(f"anchor must be one of modalities {self.modalities}, got {self.anchor!r}")
+        for name in ("steps", "batch_size", "log_every", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.optimizer.warmup_steps < self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps must be at least 0 and below steps = {self.steps}, "
+                f"got {self.optimizer.warmup_steps}"
+            )
+        terms = vars(self.objective)
+        if all(term.weight == 0 for term in terms.values()):
+            raise ValueError("objective has no term: give at least one a weight, such as --objective.gram.weight 1")
+        if self.objective.triangle.weight and len(self.modalities) != 3:
+            raise ValueError(f"objective.triangle needs exactly three modalities, got {self.modalities}")
+
+
+def gram_config(config: TrainConfig) -> GramConfig:
+    """The model of a run: one tower for each kind of modality it has."""
+    modalities = {modality: TOWER_OF[modality] for modality in config.modalities}
+    towers = {"vision": config.vision, "text": config.text, "audio": config.audio}
+    return GramConfig(
+        towers={name: tower for name, tower in towers.items() if name in modalities.values()},
+        modalities=modalities,
+        embed_dim=config.embed_dim,
+    )

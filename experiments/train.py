@@ -1,0 +1,187 @@
+"""Train a model that embeds pictures, words and speech in one space: `python -m experiments.train`.
+
+Everything goes to `--run-dir`: config.json, metrics.jsonl, TensorBoard files, checkpoints, and the evaluation of the
+best checkpoint. Interrupted by Ctrl-C or SIGTERM it saves and stops; started again with the same options it goes on,
+and ends with the numbers, bit for bit, of a run that was never interrupted.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+from experiments import objective, runs, validation
+from experiments.config import TOWER_OF, TrainConfig
+from gramjax.data import emoji, pipeline, tokenizer
+from gramjax.models import to_json
+from gramjax.training import (
+    GracefulStop,
+    LossFunction,
+    MetricWriter,
+    TrainState,
+    data_mesh,
+    make_train_step,
+    merge,
+    replicate,
+    shard_batch,
+)
+
+# What may differ between two starts of one run: where its files are, and what is done once it is trained.
+NOT_COMPARED = ("run_dir", "data_dir", "evaluate")
+
+
+def train(config: TrainConfig) -> bool:
+    """Train to the last step, from the newest checkpoint in the run's directory if there is one.
+
+    Returns:
+        False if a signal stopped it before the end; the checkpoint to go on from is then saved.
+
+    Raises:
+        ValueError: the batch does not divide over the devices, the tokenizer has more entries than the text tower, or
+            the directory holds a run of another configuration.
+    """
+    mesh = data_mesh()
+    check_sizes(config, mesh.size)
+    graphdef, state, optimizer = runs.build(config)
+    state = replicate(state, mesh)
+    train_step = make_train_step(graphdef, optimizer, make_loss(config))
+    validate = make_validation(config, graphdef)
+    schedule = runs.learning_rate_schedule(config)
+    iterator = iter(training_loader(config))
+
+    with GracefulStop() as stop, runs.open_checkpoints(config.run_dir) as checkpoints:
+        claim_run_dir(config, started=checkpoints.latest_step is not None)
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(state, iterator=iterator)
+        first = int(state.step)
+        print(f"{config.run_dir}: step {first} of {config.steps}, devices: {mesh.size}", flush=True)
+        began = time.monotonic()
+        with MetricWriter(config.run_dir, resume_step=first) as writer:
+            # disable=None: no bar where there is no terminal.
+            bar = tqdm(range(first + 1, config.steps + 1), initial=first, total=config.steps, disable=None)
+            for step in bar:
+                state, metrics = train_step(state, shard_batch(next(iterator), mesh))
+                numbers, recalls = {}, {}
+                last = step == config.steps
+                if last or step % config.log_every == 0:
+                    numbers = {name: float(value) for name, value in metrics.items()}
+                    numbers["learning_rate"] = float(np.asarray(schedule(step - 1)))
+                    bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
+                if last or step % config.validate_every == 0:
+                    recalls = validate(state)
+                    bar.write(f"step {step}: validation recall {recalls[runs.BEST_METRIC]:.3f}")
+                if numbers or recalls:
+                    writer.write(step, numbers | recalls)
+                if recalls or step % config.checkpoint_every == 0 or stop.requested:
+                    checkpoints.save(step, state, iterator=iterator, metrics=recalls)
+                if stop.requested:
+                    break
+    if stop.requested:
+        print(
+            f"{stop.requested}: saved step {int(state.step)} in {config.run_dir}; the same command goes on from there."
+        )
+        return False
+    print(f"{config.run_dir}: {config.steps - first} steps in {time.monotonic() - began:.0f} s")
+    return True
+
+
+def make_loss(config: TrainConfig) -> LossFunction:
+    """The objective of the run as a function of model, learnable scalars, batch and random streams."""
+
+    def loss(model: Any, scalars: Any, batch: Any, rngs: nnx.Rngs):
+        return objective.loss(
+            config.objective,
+            model.embed(batch, rngs=rngs),
+            scalars,
+            anchor=config.anchor,
+            ids=batch["index"],
+            key=rngs.negatives(),
+        )
+
+    return loss
+
+
+def make_validation(config: TrainConfig, graphdef: nnx.GraphDef) -> Callable[[TrainState], dict[str, float]]:
+    """A function from the state to recalls on the validation split; the split is read once, at the first call."""
+    batches: list[dict[str, Any]] = []
+    embed = jax.jit(lambda state, batch: merge(graphdef, state)[0].embed(batch))
+
+    def validate(state: TrainState) -> dict[str, float]:
+        if not batches:
+            batches.extend(runs.evaluation_batches(config, "validation"))
+        embeddings = runs.embed_batches(embed, state, batches)["embeddings"]
+        return validation.recalls(embeddings, anchor=config.anchor, select_by=config.select_by)
+
+    return validate
+
+
+def training_loader(config: TrainConfig):
+    """Shuffled, augmented batches without end: this process's rows of them."""
+    return pipeline.make_loader(
+        emoji.load_split(config.data_dir, "train"),
+        modalities=config.modalities,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        train=True,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def check_sizes(config: TrainConfig, device_count: int) -> None:
+    """Raise ValueError if the batch does not divide over the devices or the text tower is too small."""
+    if config.batch_size % device_count:
+        raise ValueError(f"batch_size must divide over {device_count} devices, got {config.batch_size}")
+    words = tokenizer.load_tokenizer().get_vocab_size()
+    if "text" in {TOWER_OF[modality] for modality in config.modalities} and config.text.vocab_size < words:
+        raise ValueError(f"text.vocab_size must be at least the tokenizer's {words}, got {config.text.vocab_size}")
+
+
+def claim_run_dir(config: TrainConfig, *, started: bool) -> None:
+    """Write config.json; raise ValueError if the directory holds a started run of another configuration."""
+    path = Path(config.run_dir) / "config.json"
+    ours = to_json(config)
+    if started:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if differences := list(_differences(theirs, ours)):
+            raise ValueError(
+                f"run_dir {config.run_dir} holds a run of another configuration; choose another --run-dir, "
+                "or give the options it was started with. It differs in:\n  " + "\n  ".join(differences)
+            )
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+    replacement.replace(path)
+
+
+def _differences(theirs: Any, ours: Any, name: str = ""):
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(set(theirs) | set(ours)):
+            if name or key not in NOT_COMPARED:
+                yield from _differences(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
+    elif theirs != ours:
+        yield f"{name}: {theirs!r} there, {ours!r} now"
+
+
+def main() -> None:
+    """Train as the command line says, then evaluate."""
+    config = tyro.cli(TrainConfig, description=__doc__)
+    try:
+        finished = train(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if finished and config.evaluate:
+        from experiments import evaluate  # brings matplotlib, which training does without
+
+        evaluate.evaluate_run(config.run_dir)
+
+
+if __name__ == "__main__":
+    main()
