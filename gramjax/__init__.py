@@ -1,1 +1,10 @@
-"""gramjax"""
+"""gramjax: align any number of modalities in JAX.
+
+Losses, scores, metrics and linear algebra need little beside jax and are imported here. Encoders, models, data,
+checkpoints and training need the `train` extra (`pip install "gramjax[train]"`) and are imported where they are used.
+"""
+
+from gramjax import linalg, losses, metrics, scores, streaming
+from gramjax._embeddings import stack_modalities
+
+__all__ = ["linalg", "losses", "metrics", "scores", "stack_modalities", "streaming"]

@@ -1,0 +1,98 @@
+"""Checks of arguments: they read shapes, dtypes and concrete values, and name what came and what was needed."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array
+
+
+def floating(name: str, value, axes: Sequence[str]) -> Array:
+    """`value` as an array of the accumulation dtype (at least float32), its dtype and number of axes checked.
+
+    `axes` names the axes; a leading `"..."` stands for any number of them.
+    """
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {array.dtype} of shape {array.shape}.")
+    rank(name, array, axes)
+    return array if array.dtype.itemsize >= 4 else array.astype(jnp.float32)
+
+
+def rank(name: str, array: Array, axes: Sequence[str]) -> None:
+    """Raises unless `array` has the axes named by `axes`."""
+    open_ended = axes[0] == "..."
+    needed = len(axes) - open_ended
+    if array.ndim < needed or (array.ndim > needed and not open_ended):
+        raise ValueError(f"{name} must have shape [{', '.join(axes)}], got shape {array.shape}.")
+
+
+def same_dim(name: str, array: Array, other_name: str, other: Array) -> None:
+    """Raises unless both arrays have the same last axis."""
+    if array.shape[-1] != other.shape[-1]:
+        raise ValueError(
+            f"{name} and {other_name} must have the same last axis (dim), got shapes {array.shape} and {other.shape}."
+        )
+
+
+def mask(name: str, value, shape: tuple[int, ...], axes: str) -> Array:
+    """`value` as a bool array of exactly `shape`; None stands for all True."""
+    if value is None:
+        return jnp.ones(shape, bool)
+    array = jnp.asarray(value)
+    if array.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be a bool array of shape {axes} = {shape}, got dtype {array.dtype}.")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {axes} = {shape}, got shape {array.shape}.")
+    return array
+
+
+def per_example(name: str, value, batch: int) -> Array:
+    """`value` as an array of shape `[batch]`."""
+    array = jnp.asarray(value)
+    if array.shape != (batch,):
+        raise ValueError(f"{name} must have shape [batch] = ({batch},), got shape {array.shape}.")
+    return array
+
+
+def weights(name: str, value, batch: int) -> Array:
+    """`value` as real weights of shape `[batch]`."""
+    array = per_example(name, value, batch)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be real numbers of shape [batch] = ({batch},), got dtype {array.dtype}.")
+    return array
+
+
+def positive(name: str, value, dtype) -> Array:
+    """`value` as a positive scalar of `dtype`; the sign is checked when the value is concrete."""
+    scalar = real_scalar(name, value, dtype)
+    if not isinstance(value, Tracer) and not (float(value) > 0 and math.isfinite(float(value))):
+        raise ValueError(f"{name} must be positive and finite, got {float(value)}.")
+    return scalar
+
+
+def real_scalar(name: str, value, dtype) -> Array:
+    """`value` as a scalar of `dtype`."""
+    array = jnp.asarray(value)
+    if array.shape != ():
+        raise ValueError(f"{name} must be a scalar, got shape {array.shape}.")
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real scalar, got dtype {array.dtype}.")
+    return array.astype(dtype)
+
+
+def fraction(name: str, value: float) -> float:
+    """`value` as a float in [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}.")
+    return float(value)
+
+
+def index(name: str, value: int, size: int, axis: str) -> int:
+    """`value` as a non-negative index into an axis of `size` entries; negative values count from the end."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
+    if not -size <= value < size:
+        raise ValueError(f"{name} must index the {axis} axis of size {size}, got {value}.")
+    return value % size

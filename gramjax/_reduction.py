@@ -1,0 +1,33 @@
+"""How losses of single examples become one number: the same for every loss."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gramjax import _checks
+
+Reduction = Literal["mean", "sum"] | None
+
+
+def reduce(
+    losses: Float[Array, " batch"], valid: Bool[Array, " batch"], weights, reduction: Reduction
+) -> Float[Array, ""] | Float[Array, " batch"]:
+    """`sum(w l) / sum(w)` over the valid examples, `sum(w l)`, or `w l` of each example, 0 where there is no loss.
+
+    A mean over nothing is 0 with zero gradient.
+    """
+    if reduction not in ("mean", "sum", None):
+        raise ValueError(f'reduction must be "mean", "sum" or None, got {reduction!r}.')
+    weight = valid.astype(losses.dtype)
+    if weights is not None:
+        weight = weight * _checks.weights("weights", weights, losses.shape[0]).astype(losses.dtype)
+    # An example without a loss must not contribute even if its value is not finite.
+    weighted = jnp.where(valid, losses, 0.0) * weight
+    if reduction is None:
+        return weighted
+    total = jnp.sum(weighted)
+    if reduction == "sum":
+        return total
+    mass = jnp.sum(weight)
+    return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1.0), 0.0)

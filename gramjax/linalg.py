@@ -1,0 +1,426 @@
+r"""Gram matrices, volumes, orthonormal bases and spectra of small sets of vectors, with derivatives that stay finite.
+
+Everything here takes `z` of shape `[..., k, d]`: `k` vectors (the embeddings of one item in `k` modalities) of `d`
+entries. `k` is small (2 to 8, say), `d` large, and the leading axes are a batch. With the vectors as rows,
+`G = z z^T` is their Gram matrix, `sqrt(det G)` is the volume of the parallelotope they span, and the singular values
+of `z` are the square roots of the eigenvalues of `G`. GRAM (arXiv 2412.11959, section 3) minimises the volume; PMRL
+(arXiv 2507.17343, section 4) maximises the leading singular value.
+
+How it is computed. `G` squares the condition number: in float32 the determinant of three unit vectors that differ by
+`1e-3` is wrong by a tenth. So nothing here goes through `G`. Gram-Schmidt with re-orthogonalisation writes
+`z_l = sum_j R_jl q_j` with orthonormal `q_j`; the volume is the product of the residual norms `R_ll`, and the singular
+values of `z` are those of the `k x k` matrix `R`, found by one-sided Jacobi rotations, which are accurate to the last
+digits. No `d x d` factor ever exists.
+
+A vector is *dependent* when what Gram-Schmidt leaves of it is below `2 k eps` of its length, which is rounding noise:
+its direction is then taken as 0. Absent vectors (`where` False) are left out exactly: the volume and the spectrum are
+those of the vectors that are present. Inputs narrower than float32 are computed, and results returned, in float32.
+The squares of the entries must be representable (unit vectors are what is expected).
+
+Derivatives are written out where automatic differentiation would give NaN or infinity (repeated singular values,
+vanishing volumes); each docstring says which subgradient is taken. First derivatives work in forward and in reverse
+mode.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from gramjax import _checks
+
+_AXES = ("...", "modality", "dim")
+
+
+def gram_matrix(z: Float[Array, "*batch k d"]) -> Float[Array, "*batch k k"]:
+    """Inner products of the `k` vectors of each set: `G = z z^T`.
+
+    Args:
+      z: vectors, `[..., k, d]`.
+
+    Returns:
+      `[..., k, k]`, symmetric, computed at full precision in at least float32.
+
+    Raises:
+      TypeError: if `z` is not floating point.
+      ValueError: if `z` has fewer than two axes.
+
+    >>> gram_matrix(jnp.array([[1.0, 0.0], [1.0, 1.0]]))
+    Array([[1., 1.],
+           [1., 2.]], dtype=float32)
+    """
+    z = _checks.floating("z", z, _AXES)
+    return jnp.einsum("...id,...jd->...ij", z, z, precision=jax.lax.Precision.HIGHEST)
+
+
+def orthonormal_basis(
+    z: Float[Array, "*batch k d"], where: Bool[Array, "*batch k"] | None = None
+) -> Float[Array, "*batch k d"]:
+    """Orthonormal basis of the span of the vectors, in their order (Gram-Schmidt with re-orthogonalisation).
+
+    Args:
+      z: vectors, `[..., k, d]`.
+      where: which vectors are present, `[..., k]`; default all.
+
+    Returns:
+      `[..., k, d]`: row `l` is the unit vector along what is left of `z_l` outside the span of the vectors before it,
+      or 0 if `z_l` is absent or dependent on them. The derivative at a dependent vector is 0; near one it grows as
+      the inverse of the residual, because the span itself turns that fast.
+
+    Raises:
+      TypeError: if `z` is not floating point or `where` not bool.
+      ValueError: if a shape does not fit.
+
+    >>> orthonormal_basis(jnp.array([[2.0, 0.0], [1.0, 1.0]]))
+    Array([[1., 0.],
+           [0., 1.]], dtype=float32)
+    """
+    z, where = _masked(z, where)
+    return _gram_schmidt(z).basis
+
+
+def volume(z: Float[Array, "*batch k d"], where: Bool[Array, "*batch k"] | None = None) -> Float[Array, "*batch"]:
+    r"""Volume of the parallelotope spanned by the vectors, `sqrt(det(z z^T))` (GRAM, equation 3).
+
+    Args:
+      z: vectors, `[..., k, d]`.
+      where: which vectors are present, `[..., k]`; default all.
+
+    Returns:
+      `[...]`. For unit vectors in [0, 1]: 0 when they are linearly dependent (for two: parallel or opposite; the
+      volume is blind to sign), 1 when they are orthogonal. One vector has its length for volume, none has 1. The
+      derivative with respect to `z_l` is the volume of the other vectors times the unit residual of `z_l` outside
+      their span, at most 1 in length for unit vectors. At linearly dependent vectors, where the volume has a corner,
+      the subgradient 0 is taken.
+
+    Raises:
+      TypeError: if `z` is not floating point or `where` not bool.
+      ValueError: if a shape does not fit.
+
+    >>> z = jnp.array([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0]])
+    >>> round(float(volume(z)), 6)
+    0.8
+    """
+    return _volume(*_masked(z, where))
+
+
+def log_volume(z: Float[Array, "*batch k d"], where: Bool[Array, "*batch k"] | None = None) -> Float[Array, "*batch"]:
+    """Logarithm of the volume, for many modalities, where the product of sines underflows.
+
+    Args:
+      z: vectors, `[..., k, d]`.
+      where: which vectors are present, `[..., k]`; default all.
+
+    Returns:
+      `[...]`: the sum of the logarithms of the Gram-Schmidt residual norms. A dependent vector counts with the
+      smallest residual told apart from 0, `2 k eps` times its length, and with derivative 0, so the result is finite
+      everywhere. Elsewhere the derivative grows as the inverse of the residual.
+
+    Raises:
+      TypeError: if `z` is not floating point or `where` not bool.
+      ValueError: if a shape does not fit.
+
+    >>> round(float(log_volume(jnp.array([[1.0, 0.0], [0.6, 0.8]]))), 6)
+    -0.223144
+    """
+    z, where = _masked(z, where)
+    residuals = _diagonal(_gram_schmidt(z).triangle)
+    tiny = jnp.finfo(z.dtype).tiny
+    floor = jax.lax.stop_gradient(jnp.maximum(_tolerance(z) * safe_norm(z), tiny))
+    told_apart = residuals > tiny
+    logs = jnp.log(jnp.where(told_apart, residuals, floor))
+    return jnp.sum(jnp.where(where, logs, 0.0), axis=-1)
+
+
+def singular_values(
+    z: Float[Array, "*batch k d"], where: Bool[Array, "*batch k"] | None = None
+) -> Float[Array, "*batch k"]:
+    """Singular values of the matrix whose rows are the vectors, in descending order.
+
+    Args:
+      z: vectors, `[..., k, d]`.
+      where: which vectors are present, `[..., k]`; default all.
+
+    Returns:
+      `[..., k]`. With `n` vectors present the first `n` are their singular values and the rest are 0. For unit
+      vectors their squares add up to `n`; full alignment is `(sqrt(n), 0, ...)` (PMRL, section 4.1). The derivative
+      is `d sigma_i = u_i^T dz^T v_i`; at repeated values the singular vectors that the solver found are used (for the
+      largest value a valid subgradient), and a vanishing value has derivative 0.
+
+    Raises:
+      TypeError: if `z` is not floating point or `where` not bool.
+      ValueError: if a shape does not fit.
+
+    >>> singular_values(jnp.array([[3.0, 0.0], [0.0, 4.0]]))
+    Array([4., 3.], dtype=float32)
+    """
+    z, _ = _masked(z, where)
+    return spectrum(z)[0]
+
+
+def leading_direction(
+    z: Float[Array, "*batch k d"], where: Bool[Array, "*batch k"] | None = None
+) -> Float[Array, "*batch d"]:
+    """Unit vector along which the vectors agree most: the leading singular vector `u_1` in `R^d` (PMRL, section 4.3).
+
+    Args:
+      z: vectors, `[..., k, d]`.
+      where: which vectors are present, `[..., k]`; default all.
+
+    Returns:
+      `[..., d]`, of length 1, or 0 when every vector is 0 or absent. A singular vector is defined up to its sign;
+      this one is oriented so that `u_1 . sum_l z_l > 0`. Where that product is 0 (always so for two unit vectors at
+      an obtuse angle, whose leading direction is along their difference) the first vector with a part along `u_1`
+      decides; there the orientation is discontinuous. The derivative needs only the largest singular value to be
+      simple. Where it is repeated, the direction is undefined within the leading subspace: turns inside that subspace
+      are given derivative 0.
+
+    Raises:
+      TypeError: if `z` is not floating point or `where` not bool.
+      ValueError: if a shape does not fit.
+
+    >>> leading_direction(jnp.array([[0.0, 2.0], [0.0, 3.0]]))
+    Array([0., 1.], dtype=float32)
+    """
+    z, _ = _masked(z, where)
+    return spectrum(z)[1]
+
+
+def safe_norm(x: Float[Array, "*batch d"], keep: Bool[Array, "*batch"] | None = None) -> Float[Array, "*batch"]:
+    """Euclidean norm over the last axis with derivative 0, instead of NaN, at 0; 0 wherever `keep` is False."""
+    squares = jnp.sum(jnp.square(x), axis=-1)
+    keep = squares > 0 if keep is None else keep & (squares > 0)
+    return jnp.where(keep, jnp.sqrt(jnp.where(keep, squares, 1.0)), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gram-Schmidt
+
+
+class _Factors(NamedTuple):
+    """`z_l = sum_j triangle[j, l] basis[j]`, with zero rows for absent and dependent vectors."""
+
+    basis: Array  # [..., k, d]
+    triangle: Array  # [..., k, k], upper triangular
+
+
+def _masked(z, where) -> tuple[Array, Array]:
+    z = _checks.floating("z", z, _AXES)
+    where = _checks.mask("where", where, z.shape[:-1], "[..., modality]")
+    return jnp.where(where[..., None], z, 0.0), where
+
+
+def _tolerance(z: Array) -> float:
+    return 2 * z.shape[-2] * float(jnp.finfo(z.dtype).eps)
+
+
+def _gram_schmidt(z: Array) -> _Factors:
+    """Classical Gram-Schmidt, each vector projected twice: as orthogonal as rounding allows, and only two passes."""
+    k = z.shape[-2]
+    tolerance = _tolerance(z)
+    directions: list[Array] = []
+    columns: list[Array] = []
+    for l in range(k):
+        residual = z[..., l, :]
+        coefficients = jnp.zeros((*z.shape[:-2], l), z.dtype)
+        length = jax.lax.stop_gradient(safe_norm(residual))
+        if l:
+            basis = jnp.stack(directions, axis=-2)
+            for _ in range(2):
+                # Elementwise products and sums, not a matrix product: exact float32 on every platform.
+                step = jnp.sum(basis * residual[..., None, :], axis=-1)
+                residual = residual - jnp.sum(step[..., None] * basis, axis=-2)
+                coefficients = coefficients + step
+        squared = jax.lax.stop_gradient(jnp.sum(jnp.square(residual), axis=-1))
+        independent = squared > jnp.square(tolerance * length)
+        norm = safe_norm(residual, independent)
+        directions.append(residual * jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)[..., None])
+        padding = jnp.zeros((*z.shape[:-2], k - l - 1), z.dtype)
+        columns.append(jnp.concatenate([coefficients, norm[..., None], padding], axis=-1))
+    return _Factors(jnp.stack(directions, axis=-2), jnp.stack(columns, axis=-1))
+
+
+def _diagonal(matrix: Array) -> Array:
+    return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Volume
+
+
+@jax.custom_jvp
+def _volume(z: Array, where: Array) -> Array:
+    return jnp.prod(jnp.where(where, _diagonal(_gram_schmidt(z).triangle), 1.0), axis=-1)
+
+
+@_volume.defjvp
+def _volume_jvp(primals, tangents):
+    """`dVol = <adj(R) q, dz>`: the derivative `Vol (z z^T)^-1 z` with the volume multiplied into the inverse."""
+    z, where = primals
+    tangent = tangents[0]
+    basis, triangle = _gram_schmidt(z)
+    residuals = jnp.where(where, _diagonal(triangle), 1.0)
+    gradient = jnp.sum(_adjugate(triangle, residuals)[..., None] * basis[..., None, :, :], axis=-2)
+    return jnp.prod(residuals, axis=-1), jnp.sum(gradient * tangent, axis=(-2, -1))
+
+
+def _adjugate(triangle: Array, diagonal: Array) -> Array:
+    """`det(R) R^-1` of upper triangular matrices without a division, so that it is exact where `det(R)` vanishes.
+
+    Multiplying the back substitution `R_ii (R^-1)_ij = -sum_l R_il (R^-1)_lj` by `R_(i+1)(i+1) .. R_jj` gives a
+    recursion for the corners `M_ij = R_ii .. R_jj (R^-1)_ij`, polynomial in the entries of `R`.
+    """
+    k = triangle.shape[-1]
+    one = jnp.ones_like(diagonal[..., 0])
+    between = functools.partial(_product, diagonal)
+    corner: dict[tuple[int, int], Array] = {(i, i): one for i in range(k)}
+    for width in range(1, k):
+        for i in range(k - width):
+            j = i + width
+            corner[i, j] = -functools.reduce(
+                jnp.add, [triangle[..., i, l] * between(i + 1, l) * corner[l, j] for l in range(i + 1, j + 1)]
+            )
+    rows = [
+        [between(0, i) * corner[i, j] * between(j + 1, k) if i <= j else jnp.zeros_like(one) for j in range(k)]
+        for i in range(k)
+    ]
+    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def _product(diagonal: Array, start: int, stop: int) -> Array:
+    return jnp.prod(diagonal[..., start:stop], axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spectrum
+
+
+class _Decomposition(NamedTuple):
+    """`z^T v_i = sigma_i u_i`; a `u_i` whose value vanishes is 0."""
+
+    values: Array  # [..., k]
+    directions: Array  # [..., k, d]: row i is u_i
+    mixing: Array  # [..., k, k]: column i is v_i
+
+
+@jax.custom_jvp
+def spectrum(z: Float[Array, "*batch k d"]) -> tuple[Float[Array, "*batch k"], Float[Array, "*batch d"]]:
+    """`(singular_values(z), leading_direction(z))` from one decomposition, for floats of at least 32 bits."""
+    values, directions, _ = _decompose(z)
+    return values, directions[..., 0, :]
+
+
+@spectrum.defjvp
+def _spectrum_jvp(primals, tangents):
+    """Derivatives of singular values and of the leading singular vector.
+
+    With `B_ij = u_i^T dz^T v_j`: `d sigma_i = B_ii`, and
+    `du_1 = sum_(i>1) u_i (s_1 B_i1 + s_i B_1i) / (s_1^2 - s_i^2) + (I - sum_i u_i u_i^T) dz^T v_1 / s_1`.
+    """
+    (z,), (tangent,) = primals, tangents
+    values, directions, mixing = _decompose(z)
+    exact = jax.lax.Precision.HIGHEST
+    b = jnp.einsum(
+        "...il,...lj->...ij", jnp.einsum("...id,...ld->...il", directions, tangent, precision=exact), mixing,
+        precision=exact,
+    )  # fmt: skip
+    leading = values[..., :1]
+    into, from_ = b[..., :, 0], b[..., 0, :]
+    # Two values closer than this cannot be told apart; the turn between their vectors is then undefined, and left out.
+    simple = leading - values > _tolerance(z) * leading
+    gap = jnp.where(simple, jnp.square(leading) - jnp.square(values), 1.0)
+    turn = jnp.where(simple, (leading * into + values * from_) / gap, 0.0)
+    inverse = jnp.where(leading > 0, 1.0 / jnp.where(leading > 0, leading, 1.0), 0.0)
+    outside = jnp.sum(mixing[..., :, 0, None] * tangent, axis=-2) * inverse
+    along = turn - into * inverse
+    turned = outside + jnp.sum(along[..., None] * directions, axis=-2)
+    # A set of zero vectors has no leading direction: its derivative is 0.
+    return (values, directions[..., 0, :]), (_diagonal(b), jnp.where(leading > 0, turned, 0.0))
+
+
+def _decompose(z: Array) -> _Decomposition:
+    """Singular value decomposition of `z^T` through the triangular factor, signs chosen by `_orientation`."""
+    basis, triangle = _gram_schmidt(z)
+    k = z.shape[-2]
+    batch = z.shape[:-2]
+    if k == 1:
+        rotated, mixing = triangle, jnp.ones_like(triangle)
+    else:
+        # Batch last: every operation of a rotation is elementwise over long contiguous rows.
+        columns = rearrange(triangle.reshape((-1, k, k)), "n row column -> column row n")
+        rotated, mixing = (
+            rearrange(x, "column row n -> n row column").reshape((*batch, k, k)) for x in _one_sided_jacobi(columns)
+        )
+    values = safe_norm(jnp.swapaxes(rotated, -1, -2))
+    order = jnp.argsort(-values, axis=-1)
+    values = jnp.take_along_axis(values, order, axis=-1)
+    rotated = jnp.take_along_axis(rotated, order[..., None, :], axis=-1)
+    mixing = jnp.take_along_axis(mixing, order[..., None, :], axis=-1)
+    sign = _orientation(mixing)
+    present = values > _tolerance(z) * values[..., :1]
+    scale = jnp.where(present, sign / jnp.where(present, values, 1.0), 0.0)
+    directions = jnp.einsum(
+        "...ji,...jd->...id", rotated * scale[..., None, :], basis, precision=jax.lax.Precision.HIGHEST
+    )
+    return _Decomposition(values, directions, mixing * sign[..., None, :])
+
+
+def _orientation(mixing: Array) -> Array:
+    """Signs that make `u_i . sum_l z_l = sigma_i sum_l v_li` positive, or else the first product `sigma_i v_li`.
+
+    The sum vanishes not by accident only: two unit vectors at an obtuse angle have the leading direction along their
+    difference, orthogonal to their sum. Rounding must not choose the sign then.
+    """
+    noise = 8 * mixing.shape[-1] * float(jnp.finfo(mixing.dtype).eps)
+    total = jnp.sum(mixing, axis=-2)
+    first = jnp.argmax(jnp.abs(mixing) > noise, axis=-2, keepdims=True)
+    first = jnp.take_along_axis(mixing, first, axis=-2)[..., 0, :]
+    return jnp.where(jnp.where(jnp.abs(total) > noise, total, first) < 0, -1.0, 1.0).astype(mixing.dtype)
+
+
+def _one_sided_jacobi(columns: Array) -> tuple[Array, Array]:
+    """Rotates pairs of columns until all are orthogonal: `columns` `[k, k, n]` (column, row, batch) -> (`A V`, `V`).
+
+    A round rotates `k/2` disjoint pairs at once (the schedule of a round-robin tournament), so that one small loop
+    body serves every `k`; unrolled sweeps take XLA minutes to compile from `k = 5` on.
+    """
+    k, _, n = columns.shape
+    even = k + k % 2
+    identity = jnp.broadcast_to(jnp.eye(k, dtype=columns.dtype)[..., None], (k, k, n))
+    # The rotations are accumulated by rotating the identity along with the matrix. Odd k: a zero column sits out.
+    state = jnp.pad(jnp.concatenate([columns, identity], axis=1), ((0, even - k), (0, 0), (0, 0)))
+    # Two columns are orthogonal after one rotation; more need a few sweeps (convergence is quadratic at the end).
+    rounds = 2 if k == 2 else (even - 1) * (6 + k // 3 + 2 * (columns.dtype == jnp.float64))
+    label = jnp.arange(even)
+
+    def one_round(_, carry):
+        first, second, labels = carry
+        first, second = _rotate(first, second, k)
+        everyone = jnp.concatenate([first, second[::-1]])
+        everyone = jnp.concatenate([everyone[:1], jnp.roll(everyone[1:], 1, axis=0)])
+        labels = jnp.concatenate([labels[:1], jnp.roll(labels[1:], 1)])
+        return everyone[: even // 2], everyone[even // 2 :][::-1], labels
+
+    carry = (state[: even // 2], state[even // 2 :][::-1], label)
+    first, second, labels = jax.lax.fori_loop(0, rounds, one_round, carry)
+    state = jnp.concatenate([first, second[::-1]])[jnp.argsort(labels)][:k]
+    return state[:, :k], state[:, k:]
+
+
+def _rotate(first: Array, second: Array, rows: int) -> tuple[Array, Array]:
+    """One Jacobi rotation for each pair of columns `[pair, row, n]`, orthogonalising their first `rows` rows."""
+    alpha = jnp.sum(jnp.square(first[:, :rows]), axis=1, keepdims=True)
+    beta = jnp.sum(jnp.square(second[:, :rows]), axis=1, keepdims=True)
+    gamma = jnp.sum(first[:, :rows] * second[:, :rows], axis=1, keepdims=True)
+    tiny = jnp.finfo(first.dtype).tiny
+    needed = jnp.abs(gamma) > tiny
+    zeta = (beta - alpha) / jnp.where(needed, 2.0 * gamma, 1.0)
+    # hypot-free: for huge zeta the square overflows to infinity and the tangent is 0, as it should be.
+    tangent = jnp.where(zeta < 0, -1.0, 1.0) / (jnp.abs(zeta) + jnp.sqrt(1.0 + jnp.square(zeta)))
+    tangent = jnp.where(needed, tangent, 0.0).astype(first.dtype)
+    cosine = jax.lax.rsqrt(1.0 + jnp.square(tangent))
+    sine = cosine * tangent
+    return cosine * first - sine * second, sine * first + cosine * second

@@ -1,0 +1,38 @@
+"""Losses that align modalities, as pure functions of their embeddings.
+
+Every n-modal loss takes `embeddings` `[batch, modality, dim]`, unit vectors (`gramjax.stack_modalities` builds them
+from a dictionary), and `where` `[batch, modality]`: which are present. The options mean the same everywhere:
+
+- `temperature` divides the score; smaller is sharper. It may be a traced, learnable scalar.
+- `label_smoothing`: share of the target spread over the candidates.
+- `where`: what is absent is left out exactly; its value may be anything.
+- `weights` `[batch]`: the mean is `sum(w * loss) / sum(w)` over the examples that have a loss; over none it is 0.
+- `ids` `[batch]`: examples with equal ids are never each other's negatives.
+- `reduction`: `"mean"`, `"sum"`, or `None` for the weighted loss of each example, 0 where it has none.
+- `precision` of the batch-by-batch matrix products (see `gramjax.scores`).
+
+Unit norm is expected, not enforced. Longer vectors act like a smaller temperature in the cosine losses, and volumes
+grow with the product of the lengths: a model that is free to shrink its embeddings will minimise volumes that way.
+Normalise.
+"""
+
+from gramjax.losses.gram import gram_loss
+from gramjax.losses.matching import matching_loss
+from gramjax.losses.pairwise import anchored_infonce_loss, infonce_loss, pairwise_infonce_loss, sigmoid_loss
+from gramjax.losses.pmrl import alignment_loss, direction_regularization, pmrl_loss
+from gramjax.losses.symile import symile_loss
+from gramjax.losses.triangle import triangle_loss
+
+__all__ = [
+    "alignment_loss",
+    "anchored_infonce_loss",
+    "direction_regularization",
+    "gram_loss",
+    "infonce_loss",
+    "matching_loss",
+    "pairwise_infonce_loss",
+    "pmrl_loss",
+    "sigmoid_loss",
+    "symile_loss",
+    "triangle_loss",
+]

@@ -1,0 +1,205 @@
+"""InfoNCE between two towers, from an anchor to every other modality, between all pairs; and the sigmoid loss."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gramjax import _checks, _reduction
+from gramjax._embeddings import check_embeddings
+from gramjax._reduction import Reduction
+from gramjax.scores import HIGHEST, Cosine
+from gramjax.streaming import contrastive_nll, contrastive_terms, sigmoid_nll
+
+
+def infonce_loss(
+    a: Float[Array, "batch dim"],
+    b: Float[Array, "batch dim"],
+    *,
+    temperature=0.07,
+    label_smoothing: float = 0.0,
+    where: Bool[Array, " batch"] | None = None,
+    weights: Array | None = None,
+    ids: Array | None = None,
+    reduction: Reduction = "mean",
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Array:
+    """Symmetric InfoNCE of two towers, as in CLIP (arXiv 2103.00020, figure 3).
+
+    Args:
+      a: `[batch, dim]`, unit vectors.
+      b: `[batch, dim]`, unit vectors; `b[i]` matches `a[i]`.
+      temperature: positive scalar.
+      label_smoothing: in [0, 1).
+      where: `[batch]` bool, which pairs are present.
+      weights: `[batch]`.
+      ids: `[batch]`.
+      reduction: "mean", "sum" or None.
+      precision: of the matrix product.
+
+    Returns:
+      A scalar, or `[batch]` for `reduction=None`; at least float32.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of range.
+
+    >>> a = jnp.eye(2)
+    >>> round(float(infonce_loss(a, a, temperature=1.0)), 6)  # log(1 + exp(-1))
+    0.313262
+    """
+    a, b, where = _check_towers(a, b, where)
+    temperature = _checks.positive("temperature", temperature, a.dtype)
+    return contrastive_nll(
+        Cosine(precision), a, b[:, None], scale=1.0 / temperature, label_smoothing=label_smoothing,
+        query_where=where, gallery_where=where[:, None], weights=weights, ids=ids, reduction=reduction,
+    )  # fmt: skip
+
+
+def anchored_infonce_loss(
+    embeddings: Float[Array, "batch modality dim"],
+    *,
+    anchor: int = 0,
+    temperature=0.07,
+    label_smoothing: float = 0.0,
+    where: Bool[Array, "batch modality"] | None = None,
+    weights: Array | None = None,
+    ids: Array | None = None,
+    reduction: Reduction = "mean",
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Array:
+    """Symmetric InfoNCE between the anchor and each other modality, averaged (ImageBind's objective, arXiv 2305.05665).
+
+    Args:
+      embeddings: `[batch, modality, dim]`, unit vectors, at least 2 modalities.
+      anchor: index of the anchor modality.
+      temperature: positive scalar.
+      label_smoothing: in [0, 1).
+      where: `[batch, modality]` bool. An example's loss is the mean over its pairs whose both ends are present.
+      weights: `[batch]`.
+      ids: `[batch]`.
+      reduction: "mean", "sum" or None.
+      precision: of the matrix products.
+
+    Returns:
+      A scalar, or `[batch]` for `reduction=None`; at least float32.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of range.
+
+    >>> z = jnp.tile(jnp.eye(2)[:, None], (1, 3, 1))
+    >>> round(float(anchored_infonce_loss(z, temperature=1.0)), 6)
+    0.313262
+    """
+    z, where = check_embeddings(embeddings, where, at_least=2)
+    anchor = _checks.index("anchor", anchor, z.shape[1], "modality")
+    pairs = [(anchor, other) for other in range(z.shape[1]) if other != anchor]
+    return _mean_over_pairs(z, where, pairs, temperature, label_smoothing, weights, ids, reduction, precision)
+
+
+def pairwise_infonce_loss(
+    embeddings: Float[Array, "batch modality dim"],
+    *,
+    temperature=0.07,
+    label_smoothing: float = 0.0,
+    where: Bool[Array, "batch modality"] | None = None,
+    weights: Array | None = None,
+    ids: Array | None = None,
+    reduction: Reduction = "mean",
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Array:
+    """Symmetric InfoNCE averaged over all pairs of modalities.
+
+    Args:
+      embeddings: `[batch, modality, dim]`, unit vectors, at least 2 modalities.
+      temperature: positive scalar.
+      label_smoothing: in [0, 1).
+      where: `[batch, modality]` bool. An example's loss is the mean over its pairs whose both ends are present.
+      weights: `[batch]`.
+      ids: `[batch]`.
+      reduction: "mean", "sum" or None.
+      precision: of the matrix products.
+
+    Returns:
+      A scalar, or `[batch]` for `reduction=None`; at least float32.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of range.
+
+    >>> z = jnp.tile(jnp.eye(2)[:, None], (1, 3, 1))
+    >>> round(float(pairwise_infonce_loss(z, temperature=1.0)), 6)
+    0.313262
+    """
+    z, where = check_embeddings(embeddings, where, at_least=2)
+    pairs = list(itertools.combinations(range(z.shape[1]), 2))
+    return _mean_over_pairs(z, where, pairs, temperature, label_smoothing, weights, ids, reduction, precision)
+
+
+def sigmoid_loss(
+    a: Float[Array, "batch dim"],
+    b: Float[Array, "batch dim"],
+    *,
+    temperature=0.1,
+    bias=-10.0,
+    where: Bool[Array, " batch"] | None = None,
+    weights: Array | None = None,
+    ids: Array | None = None,
+    reduction: Reduction = "mean",
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Array:
+    """Sigmoid loss of two towers: every pair is a binary question (SigLIP, arXiv 2303.15343, algorithm 1).
+
+    Args:
+      a: `[batch, dim]`, unit vectors.
+      b: `[batch, dim]`, unit vectors; `b[i]` matches `a[i]`.
+      temperature: positive scalar; 0.1 and `bias` -10 are the paper's initial values. Both may be learnable.
+      bias: scalar added to the logits `a . b / temperature`.
+      where: `[batch]` bool, which pairs are present.
+      weights: `[batch]`.
+      ids: `[batch]`.
+      reduction: "mean" over examples (each a sum over the batch, as in the paper), "sum" or None.
+      precision: of the matrix product.
+
+    Returns:
+      A scalar, or `[batch]` for `reduction=None`; at least float32.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of range.
+
+    >>> a = jnp.eye(2)
+    >>> round(float(sigmoid_loss(a, a, temperature=1.0, bias=0.0)), 6)  # log(1 + exp(-1)) + log 2
+    1.006409
+    """
+    a, b, where = _check_towers(a, b, where)
+    temperature = _checks.positive("temperature", temperature, a.dtype)
+    return sigmoid_nll(
+        Cosine(precision), a, b[:, None], scale=1.0 / temperature, bias=bias, query_where=where,
+        gallery_where=where[:, None], weights=weights, ids=ids, reduction=reduction,
+    )  # fmt: skip
+
+
+def _check_towers(a, b, where) -> tuple[Array, Array, Array]:
+    a = _checks.floating("a", a, ("batch", "dim"))
+    b = _checks.floating("b", b, ("batch", "dim"))
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have the same shape [batch, dim], got {a.shape} and {b.shape}.")
+    return a, b, _checks.mask("where", where, a.shape[:1], "[batch]")
+
+
+def _mean_over_pairs(z, where, pairs, temperature, label_smoothing, weights, ids, reduction, precision) -> Array:
+    temperature = _checks.positive("temperature", temperature, z.dtype)
+    terms = [
+        contrastive_terms(
+            Cosine(precision), z[:, a], z[:, b, None], scale=1.0 / temperature, label_smoothing=label_smoothing,
+            query_where=where[:, a], gallery_where=where[:, b, None], ids=ids,
+        )
+        for a, b in pairs
+    ]  # fmt: skip
+    losses, valid = (jnp.stack(parts) for parts in zip(*terms))
+    count = jnp.sum(valid, axis=0).astype(z.dtype)
+    mean = jnp.sum(jnp.where(valid, losses, 0.0), axis=0) / jnp.maximum(count, 1.0)
+    return _reduction.reduce(mean, count > 0, weights, reduction)

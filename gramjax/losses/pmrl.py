@@ -1,0 +1,155 @@
+"""PMRL: one leading singular value for each instance, leading directions kept apart (arXiv 2507.17343)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gramjax import _checks, _reduction, linalg
+from gramjax._embeddings import check_embeddings
+from gramjax._reduction import Reduction
+from gramjax.scores import HIGHEST, Cosine
+from gramjax.streaming import contrastive_nll
+
+
+def pmrl_loss(
+    embeddings: Float[Array, "batch modality dim"],
+    *,
+    alignment_temperature=0.05,
+    regularization_temperature=0.1,
+    regularization_weight=1.0,
+    where: Bool[Array, "batch modality"] | None = None,
+    weights: Array | None = None,
+    ids: Array | None = None,
+    reduction: Reduction = "mean",
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Array:
+    """`alignment_loss + regularization_weight * direction_regularization` (PMRL, section 4).
+
+    The published objective adds 0.1 times the matching loss of a fusion encoder (`matching_loss`). The
+    published code contrasts directions within the local batch of a device; here it is the whole batch.
+
+    Args:
+      embeddings: `[batch, modality, dim]`, unit vectors, at least 2 modalities.
+      alignment_temperature: of the softmax over singular values; the paper pretrains with 0.01, finetunes with 0.05.
+      regularization_temperature: of the softmax over instances.
+      regularization_weight: scalar.
+      where: `[batch, modality]` bool. The alignment term needs two modalities, the regularisation one.
+      weights: `[batch]`.
+      ids: `[batch]`, for the regularisation: instances with equal ids are not pushed apart.
+      reduction: "mean" (each term over the examples that have it), "sum" or None.
+      precision: of the batch-by-batch matrix product.
+
+    Returns:
+      A scalar, or `[batch]` for `reduction=None`; at least float32.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of range.
+
+    >>> z = jnp.tile(jnp.eye(2)[:, None], (1, 3, 1))  # fully aligned, instances orthogonal
+    >>> round(float(pmrl_loss(z, regularization_temperature=1.0)), 6)  # 0 + log(1 + exp(-1))
+    0.313262
+    """
+    z, where = check_embeddings(embeddings, where, at_least=2)
+    alignment_temperature = _checks.positive("alignment_temperature", alignment_temperature, z.dtype)
+    regularization_temperature = _checks.positive("regularization_temperature", regularization_temperature, z.dtype)
+    weight = _checks.real_scalar("regularization_weight", regularization_weight, z.dtype)
+    values, directions = linalg.spectrum(z)
+    alignment = _align(values, where, alignment_temperature, weights, reduction)
+    apart = _separate(directions, where, regularization_temperature, weights, ids, reduction, precision)
+    return alignment + weight * apart
+
+
+def alignment_loss(
+    embeddings: Float[Array, "batch modality dim"],
+    *,
+    temperature=0.05,
+    where: Bool[Array, "batch modality"] | None = None,
+    weights: Array | None = None,
+    reduction: Reduction = "mean",
+) -> Array:
+    """Softmax over the singular values of each instance, `-log softmax(sigma / temperature)[0]` (PMRL, section 4.2).
+
+    It is 0 for a rank-one instance, all of whose modalities are parallel or opposite, and `log k` when they are
+    orthogonal. It saturates: the gradient falls as `exp(-(sigma_1 - sigma_2) / temperature)`, so it is computed as
+    `log1p` of small terms. At repeated leading singular values the subgradient of `linalg.singular_values` is taken.
+
+    Args:
+      embeddings: `[batch, modality, dim]`, unit vectors, at least 2 modalities.
+      temperature: positive scalar, in units of singular values, which lie in [0, sqrt(modality)].
+      where: `[batch, modality]` bool. Singular values of absent modalities are left out of the softmax, not counted as
+        0; an example with fewer than two modalities has no loss.
+      weights: `[batch]`.
+      reduction: "mean", "sum" or None.
+
+    Returns:
+      A scalar, or `[batch]` for `reduction=None`; at least float32.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of range.
+
+    >>> round(float(alignment_loss(jnp.eye(3)[None])), 6)  # orthogonal: log 3
+    1.098612
+    """
+    z, where = check_embeddings(embeddings, where, at_least=2)
+    temperature = _checks.positive("temperature", temperature, z.dtype)
+    return _align(linalg.spectrum(z)[0], where, temperature, weights, reduction)
+
+
+def direction_regularization(
+    embeddings: Float[Array, "batch modality dim"],
+    *,
+    temperature=0.1,
+    where: Bool[Array, "batch modality"] | None = None,
+    weights: Array | None = None,
+    ids: Array | None = None,
+    reduction: Reduction = "mean",
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Array:
+    """InfoNCE of the leading directions with themselves, logits `u_i . u_j / temperature` (PMRL, section 4.3).
+
+    The directions are oriented along the sum of the modalities (`linalg.leading_direction`); the published code leaves
+    their signs to the solver, so that its logits flip at random.
+
+    Args:
+      embeddings: `[batch, modality, dim]`, unit vectors.
+      temperature: positive scalar.
+      where: `[batch, modality]` bool. An example needs one modality; its direction then is that modality's.
+      weights: `[batch]`.
+      ids: `[batch]`, instances with equal ids are not pushed apart.
+      reduction: "mean", "sum" or None.
+      precision: of the batch-by-batch matrix product.
+
+    Returns:
+      A scalar, or `[batch]` for `reduction=None`; at least float32.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of range.
+
+    >>> z = jnp.tile(jnp.eye(2)[:, None], (1, 3, 1))
+    >>> round(float(direction_regularization(z, temperature=1.0)), 6)  # log(1 + exp(-1))
+    0.313262
+    """
+    z, where = check_embeddings(embeddings, where, at_least=1)
+    temperature = _checks.positive("temperature", temperature, z.dtype)
+    return _separate(linalg.spectrum(z)[1], where, temperature, weights, ids, reduction, precision)
+
+
+def _align(values: Array, where: Array, temperature: Array, weights, reduction: Reduction) -> Array:
+    present = jnp.sum(where, axis=-1)
+    # The first `present` values in descending order are those of the present modalities; the rest are exactly 0.
+    counted = jnp.arange(1, where.shape[1])[None, :] < present[:, None]
+    below = (values[:, 1:] - values[:, :1]) / temperature
+    losses = jnp.log1p(jnp.sum(jnp.where(counted, jnp.exp(below), 0.0), axis=-1))
+    return _reduction.reduce(losses, present >= 2, weights, reduction)
+
+
+def _separate(directions: Array, where: Array, temperature: Array, weights, ids, reduction, precision) -> Array:
+    present = jnp.any(where, axis=-1)
+    # The scores are symmetric: the second direction of the softmax would repeat the first.
+    return contrastive_nll(
+        Cosine(precision), directions, directions[:, None], scale=1.0 / temperature, query_where=present,
+        gallery_where=present[:, None], weights=weights, ids=ids, reduction=reduction, symmetric=False,
+    )  # fmt: skip

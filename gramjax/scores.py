@@ -1,0 +1,456 @@
+r"""What is compared: scores between queries `[Q, d]` and items of `m` modalities `[N, m, d]`.
+
+A score is a small hashable object without arrays. It knows how to `prepare` a gallery once, to score a `tile` of
+queries against prepared items by matrix products, and to score matched `pairs` accurately. How scores are reduced
+(softmax losses, ranks) is written once against this protocol, in `gramjax.streaming`; neither side knows the other.
+
+The volume without determinants of `Q x N` Gram matrices. The published code builds a `[Q, N, k, k]` tensor. But by
+Schur's complement, for a query `t_i` and the `m = k - 1` modalities `x_j` of item `j`,
+
+    Vol(i, j)^2 = D_j r_ij,   D_j = det(x_j x_j^T),   r_ij = |t_i|^2 - sum_l (q_jl . t_i)^2
+
+with `q_jl` an orthonormal basis of the span of `x_j`: the volume of the item once per item, and `m` matrix products.
+
+Two faults of the volume as a score follow from this formula, and a user should know them. *It is not comparable
+between items*: `D_j` multiplies every score of item `j`, so an item whose own modalities are close to each other is
+near to every query, and an item with fewer modalities is far from every query. `Residual`, `sqrt(r_ij)`, leaves `D_j`
+out: it is the sine of the angle between query and span. *It is blind to sign*: a vector and its opposite span the same
+line, so modalities trained from scratch by volume alone may settle anti-parallel. `Cosine` and `LeadingDirection` see
+signs.
+
+Unit vectors are expected, not enforced: lengths multiply into the scores. An item that a score cannot use (nothing
+of it is present; for `Triangle`: anything is missing) gets the worst score, `+inf` or `-inf`, from the functions here.
+
+Precision: TPUs round float32 factors of a matrix product to bfloat16 unless told otherwise, and GPUs may use TF32.
+With modalities at cosine .9995 the difference `r_ij` then turns negative for some pairs and volumes are wrong by a
+fifth. So products run at `Precision.HIGHEST` unless a score is made with another `precision`; while modalities are far
+from aligned, and for `Cosine`, lower precision is a fair trade for speed.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gramjax import _checks, linalg
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@runtime_checkable
+class Score(Protocol):
+    """How well queries match items; `prepare` returns a pytree whose arrays all have the items as leading axis."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger score is a better match."""
+        ...
+
+    def usable(self, where: Bool[Array, "items modality"]) -> Bool[Array, " items"]:
+        """Which items have what the score needs."""
+        ...
+
+    def prepare(self, gallery: Float[Array, "items modality dim"], where: Bool[Array, "items modality"]) -> Any:
+        """What the score needs to know of each item."""
+        ...
+
+    def tile(self, queries: Float[Array, "queries dim"], prepared: Any) -> Float[Array, "queries items"]:
+        """Scores of every query with every item."""
+        ...
+
+    def pairs(self, queries: Float[Array, "items dim"], prepared: Any) -> Float[Array, " items"]:
+        """Scores of query `i` with item `i`, accurate also where `tile` loses digits to cancellation."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _InnerProduct:
+    """Scores that are the inner product of the query with one vector `[n, d]` for each item."""
+
+    precision: jax.lax.PrecisionLike = HIGHEST
+    higher_is_better = True
+
+    def usable(self, where):
+        """Items with at least one modality."""
+        return jnp.any(where, axis=-1)
+
+    def tile(self, queries, prepared):
+        """`[q, d], [n, d] -> [q, n]`."""
+        return _products(queries, prepared, self.precision)
+
+    def pairs(self, queries, prepared):
+        """`[n, d], [n, d] -> [n]`."""
+        return jnp.sum(queries * prepared, axis=-1)
+
+
+class Cosine(_InnerProduct):
+    """Mean inner product of the query with the modalities of the item: their mean cosine for unit vectors."""
+
+    def prepare(self, gallery, where):
+        """Mean of the present modalities, `[n, d]`: the mean of inner products is the product with the mean."""
+        count = jnp.sum(where, axis=-1, keepdims=True).astype(gallery.dtype)
+        return jnp.sum(jnp.where(where[..., None], gallery, 0.0), axis=-2) / jnp.maximum(count, 1.0)
+
+
+class LeadingDirection(_InnerProduct):
+    """Cosine of the query with the leading direction `u_1` of the item's modalities (PMRL, section 4.3)."""
+
+    def prepare(self, gallery, where):
+        """The oriented leading directions, `[n, d]`."""
+        return linalg.leading_direction(gallery, where)
+
+
+class Multilinear(_InnerProduct):
+    """Multilinear inner product `sum_d t_d x_1d x_2d ...` of the query with the item's modalities (Symile)."""
+
+    def prepare(self, gallery, where):
+        """Elementwise product of the present modalities, `[n, d]`."""
+        return jnp.prod(jnp.where(where[..., None], gallery, 1.0), axis=-2)
+
+
+class Span(NamedTuple):
+    """The span of an item's modalities: `m` basis vectors `[n, d]` (0 where there is none), and the volume `[n]`."""
+
+    basis: tuple[Array, ...]
+    volume: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """Distance of the query from the span of the item's modalities: for unit queries the sine of their angle."""
+
+    precision: jax.lax.PrecisionLike = HIGHEST
+    higher_is_better = False
+
+    def usable(self, where):
+        """Items with at least one modality."""
+        return jnp.any(where, axis=-1)
+
+    def prepare(self, gallery, where):
+        """Orthonormal bases and volumes of the items."""
+        basis = linalg.orthonormal_basis(gallery, where)
+        return Span(tuple(basis[:, l] for l in range(gallery.shape[1])), linalg.volume(gallery, where))
+
+    def tile(self, queries, prepared):
+        """`sqrt(|t|^2 - sum_l (q_l . t)^2)`, `[q, n]`; one product for each modality, squared as it is accumulated."""
+        lengths = jnp.sum(jnp.square(queries), axis=-1, keepdims=True)
+        projected = sum(jnp.square(_products(queries, direction, self.precision)) for direction in prepared.basis)
+        return _safe_sqrt(lengths - projected, lengths)
+
+    def pairs(self, queries, prepared):
+        """Norm of the residual vector itself: no digits are lost when the query lies close to the span."""
+        residual = queries
+        for _ in range(2):
+            for direction in prepared.basis:
+                residual = residual - jnp.sum(direction * residual, axis=-1, keepdims=True) * direction
+        noise = 2 * len(prepared.basis) * float(jnp.finfo(queries.dtype).eps)
+        told_apart = jnp.sum(jnp.square(residual), axis=-1) > noise**2 * jnp.sum(jnp.square(queries), axis=-1)
+        return linalg.safe_norm(residual, jax.lax.stop_gradient(told_apart))
+
+
+class Volume(Residual):
+    """Volume of the parallelotope spanned by the query and the item's modalities (GRAM, equation 3).
+
+    See the module's introduction for what this score cannot do: compare items whose own volumes differ, and see signs.
+    """
+
+    def tile(self, queries, prepared):
+        """`Vol(x_j) sqrt(r_ij)`, `[q, n]`."""
+        return super().tile(queries, prepared) * prepared.volume[None, :]
+
+    def pairs(self, queries, prepared):
+        """`Vol(x_i)` times the norm of the residual vector."""
+        return super().pairs(queries, prepared) * prepared.volume
+
+
+class Line(NamedTuple):
+    """Line through two points: unit direction, foot of the perpendicular from 0 (`[n, d]`), their distance `[n]`."""
+
+    direction: Array
+    foot: Array
+    length: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Triangle:
+    """Area of the triangle whose corners are the query and the two modalities of the item (TRIANGLE, NeurIPS 2025).
+
+    The paper defines the area with a square root; its published code leaves the root out and returns
+    `(|u|^2 |v|^2 - (u . v)^2) / 2 = 2 area^2` for the edges `u`, `v` from the query. `square_root=False` does the same.
+    """
+
+    square_root: bool = True
+    precision: jax.lax.PrecisionLike = HIGHEST
+    higher_is_better = False
+
+    def usable(self, where):
+        """Complete items only: a triangle needs its three corners."""
+        return jnp.all(where, axis=-1)
+
+    def prepare(self, gallery, where):
+        """The line through the two modalities: the area is half its length times the distance of the query from it."""
+        if gallery.shape[1] != 2:
+            raise ValueError(
+                "A triangle needs items of exactly 2 modalities beside the query (3 in all), got a gallery of shape "
+                f"{gallery.shape} ([batch, modality, dim])."
+            )
+        first = gallery[:, 0]
+        edge = gallery[:, 1] - first
+        length = linalg.safe_norm(edge)
+        apart = length > 0
+        direction = edge * jnp.where(apart, 1.0 / jnp.where(apart, length, 1.0), 0.0)[:, None]
+        foot = first - jnp.sum(first * direction, axis=-1, keepdims=True) * direction
+        return Line(direction, foot, length)
+
+    def tile(self, queries, prepared):
+        """`[q, d]`, lines -> `[q, n]`."""
+        squares = jnp.sum(jnp.square(queries), axis=-1, keepdims=True)
+        size = squares + jnp.sum(jnp.square(prepared.foot), axis=-1)[None, :]
+        distance = size - 2.0 * _products(queries, prepared.foot, self.precision)
+        distance = distance - jnp.square(_products(queries, prepared.direction, self.precision))
+        if self.square_root:
+            return 0.5 * prepared.length[None, :] * _safe_sqrt(distance, size)
+        return 0.5 * jnp.square(prepared.length)[None, :] * jnp.maximum(distance, 0.0)
+
+    def pairs(self, queries, prepared):
+        """The same from the vector that joins the query to the line."""
+        offset = queries - prepared.foot
+        offset = offset - jnp.sum(offset * prepared.direction, axis=-1, keepdims=True) * prepared.direction
+        if self.square_root:
+            return 0.5 * prepared.length * linalg.safe_norm(offset)
+        return 0.5 * jnp.square(prepared.length) * jnp.sum(jnp.square(offset), axis=-1)
+
+
+def cosine_scores(
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
+    *,
+    gallery_where: Bool[Array, "items modality"] | None = None,
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Float[Array, "queries items"]:
+    """Mean cosine of each query with the modalities of each item; higher is better.
+
+    Args:
+      queries: `[Q, d]`, unit vectors.
+      gallery: `[N, m, d]`, unit vectors.
+      gallery_where: `[N, m]` bool, which modalities are present; default all.
+      precision: of the matrix products.
+
+    Returns:
+      `[Q, N]` in [-1, 1]; `-inf` for items of which nothing is present.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit.
+
+    >>> cosine_scores(jnp.array([[1.0, 0.0]]), jnp.array([[[1.0, 0.0], [0.0, 1.0]]]))
+    Array([[0.5]], dtype=float32)
+    """
+    return score_matrix(Cosine(precision), queries, gallery, gallery_where=gallery_where)
+
+
+def volume_scores(
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
+    *,
+    gallery_where: Bool[Array, "items modality"] | None = None,
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Float[Array, "queries items"]:
+    """Volume spanned by each query and the modalities of each item (GRAM, equation 3); lower is better.
+
+    The volume favours items whose own modalities are close to each other or many, and is blind to sign: see the
+    module's introduction, and `residual_scores`.
+
+    Args:
+      queries: `[Q, d]`, unit vectors.
+      gallery: `[N, m, d]`, unit vectors.
+      gallery_where: `[N, m]` bool, which modalities are present; default all.
+      precision: of the matrix products.
+
+    Returns:
+      `[Q, N]` in [0, 1]; `inf` for items of which nothing is present. A volume far below the square root of
+      rounding (3e-4 in float32) is lost in it; `linalg.volume` computes matched ones accurately.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit.
+
+    >>> volume_scores(jnp.array([[1.0, 0.0]]), jnp.array([[[0.0, 1.0]], [[1.0, 0.0]]]))
+    Array([[1., 0.]], dtype=float32)
+    """
+    return score_matrix(Volume(precision), queries, gallery, gallery_where=gallery_where)
+
+
+def residual_scores(
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
+    *,
+    gallery_where: Bool[Array, "items modality"] | None = None,
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Float[Array, "queries items"]:
+    """Sine of the angle between each query and the span of each item's modalities; lower is better.
+
+    Unlike the volume, comparable between items whose own modalities are more or less close. It shares the blindness
+    to sign, and the span of more modalities is nearer to everything: with very different numbers of modalities the
+    fuller items are favoured.
+
+    Args:
+      queries: `[Q, d]`, unit vectors.
+      gallery: `[N, m, d]`; lengths do not matter.
+      gallery_where: `[N, m]` bool, which modalities are present; default all.
+      precision: of the matrix products.
+
+    Returns:
+      `[Q, N]` in [0, 1]; `inf` for items of which nothing is present.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit.
+
+    >>> residual_scores(jnp.array([[0.6, 0.8]]), jnp.array([[[5.0, 0.0]]])).round(4)
+    Array([[0.8]], dtype=float32)
+    """
+    return score_matrix(Residual(precision), queries, gallery, gallery_where=gallery_where)
+
+
+def leading_direction_scores(
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
+    *,
+    gallery_where: Bool[Array, "items modality"] | None = None,
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Float[Array, "queries items"]:
+    """Cosine of each query with the leading direction of each item's modalities (PMRL, section 4.3); higher is better.
+
+    Args:
+      queries: `[Q, d]`, unit vectors.
+      gallery: `[N, m, d]`, unit vectors.
+      gallery_where: `[N, m]` bool, which modalities are present; default all.
+      precision: of the matrix products.
+
+    Returns:
+      `[Q, N]` in [-1, 1]; `-inf` for items of which nothing is present.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit.
+
+    >>> leading_direction_scores(jnp.array([[0.6, 0.8]]), jnp.array([[[0.0, 1.0], [0.0, 1.0]]])).round(4)
+    Array([[0.8]], dtype=float32)
+    """
+    return score_matrix(LeadingDirection(precision), queries, gallery, gallery_where=gallery_where)
+
+
+def triangle_scores(
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
+    *,
+    gallery_where: Bool[Array, "items modality"] | None = None,
+    square_root: bool = True,
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Float[Array, "queries items"]:
+    """Area of the triangle with the query and the item's two modalities as corners (TRIANGLE); lower is better.
+
+    Args:
+      queries: `[Q, d]`, unit vectors.
+      gallery: `[N, 2, d]`, unit vectors.
+      gallery_where: `[N, 2]` bool, which modalities are present; default all.
+      square_root: True for the area as in the paper, False for `2 area^2` as in its published code.
+      precision: of the matrix products.
+
+    Returns:
+      `[Q, N]`, at most `3 sqrt(3) / 4` for unit vectors; `inf` for incomplete items.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit, or the items do not have exactly two modalities.
+
+    >>> triangle_scores(jnp.array([[0.0, 0.0]]), jnp.array([[[1.0, 0.0], [0.0, 1.0]]])).round(4)
+    Array([[0.5]], dtype=float32)
+    """
+    return score_matrix(Triangle(square_root, precision), queries, gallery, gallery_where=gallery_where)
+
+
+def multilinear_scores(
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
+    *,
+    gallery_where: Bool[Array, "items modality"] | None = None,
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> Float[Array, "queries items"]:
+    """Multilinear inner product of each query with the modalities of each item (Symile, equation 3); higher is better.
+
+    Args:
+      queries: `[Q, d]`.
+      gallery: `[N, m, d]`.
+      gallery_where: `[N, m]` bool, which modalities are present; default all. An absent one is left out of the product,
+        so scores of items with different numbers of modalities are of different sizes.
+      precision: of the matrix products.
+
+    Returns:
+      `[Q, N]`; `-inf` for items of which nothing is present.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit.
+
+    >>> multilinear_scores(jnp.array([[1.0, 2.0]]), jnp.array([[[3.0, 4.0], [5.0, 6.0]]]))
+    Array([[63.]], dtype=float32)
+    """
+    return score_matrix(Multilinear(precision), queries, gallery, gallery_where=gallery_where)
+
+
+def score_matrix(
+    score: Score,
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
+    *,
+    gallery_where: Bool[Array, "items modality"] | None = None,
+) -> Float[Array, "queries items"]:
+    """Scores of every query with every item by any `score`; the worst score for items that it cannot use.
+
+    Args:
+      score: a score object.
+      queries: `[Q, d]`.
+      gallery: `[N, m, d]`.
+      gallery_where: `[N, m]` bool, which modalities are present; default all.
+
+    Returns:
+      `[Q, N]`, at least float32.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit.
+
+    >>> score_matrix(Residual(), jnp.array([[0.6, 0.8]]), jnp.array([[[1.0, 0.0]]])).round(4)
+    Array([[0.8]], dtype=float32)
+    """
+    queries, gallery, where = check_inputs(queries, gallery, gallery_where)
+    scores = score.tile(queries, score.prepare(gallery, where))
+    return jnp.where(score.usable(where)[None, :], scores, -jnp.inf if score.higher_is_better else jnp.inf)
+
+
+def check_inputs(queries, gallery, gallery_where) -> tuple[Array, Array, Array]:
+    """Queries, gallery and mask with shapes and dtypes checked and brought to one floating dtype."""
+    queries = _checks.floating("queries", queries, ("queries", "dim"))
+    gallery = _checks.floating("gallery", gallery, ("items", "modality", "dim"))
+    _checks.same_dim("queries", queries, "gallery", gallery)
+    where = _checks.mask("gallery_where", gallery_where, gallery.shape[:2], "[items, modality]")
+    dtype = max(queries.dtype, gallery.dtype, key=lambda dtype: dtype.itemsize)
+    # What is absent must not reach a score: its value may be anything, NaN included.
+    gallery = jnp.where(where[..., None], gallery, 0.0)
+    return queries.astype(dtype), gallery.astype(dtype), where
+
+
+def _products(queries: Array, items: Array, precision) -> Array:
+    return jax.lax.dot_general(queries, items, (((1,), (1,)), ((), ())), precision=precision)
+
+
+def _safe_sqrt(squares: Array, size: Array) -> Array:
+    """`sqrt(max(squares, 0))`; derivative 0 where `squares` is lost in the rounding of terms of this `size`."""
+    squares = jnp.maximum(squares, 0.0)
+    told_apart = squares > float(jnp.finfo(squares.dtype).eps) * size
+    smooth = jnp.sqrt(jnp.where(told_apart, squares, 1.0))
+    return jnp.where(told_apart, smooth, jax.lax.stop_gradient(jnp.sqrt(squares)))

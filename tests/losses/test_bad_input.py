@@ -1,0 +1,138 @@
+"""Bad input fails before any work, with a message that names the argument, what came and what was needed."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gramjax import losses
+
+STACKED = [
+    losses.gram_loss,
+    losses.triangle_loss,
+    losses.anchored_infonce_loss,
+    losses.pairwise_infonce_loss,
+    losses.symile_loss,
+    losses.alignment_loss,
+    losses.direction_regularization,
+    losses.pmrl_loss,
+]
+TOWERS = [losses.infonce_loss, losses.sigmoid_loss]
+EVERY = [*STACKED, *TOWERS]
+
+pytestmark = pytest.mark.usefixtures("unchecked_signatures")
+
+
+def _inputs(loss):
+    return (jnp.ones((4, 3, 8)),) if loss in STACKED else (jnp.ones((4, 8)), jnp.ones((4, 8)))
+
+
+def _with(option):
+    return [loss for loss in EVERY if option in inspect.signature(loss).parameters]
+
+
+def _name(loss):
+    return loss.__name__
+
+
+@pytest.mark.parametrize("loss", STACKED, ids=_name)
+def test_shape_and_dtype_of_embeddings(loss):
+    with pytest.raises(ValueError, match=r"embeddings must have shape \[batch, modality, dim\], got shape \(4, 8\)"):
+        loss(jnp.ones((4, 8)))
+    with pytest.raises(TypeError, match=r"embeddings must have a floating-point dtype, got int32 of shape \(4, 3, 8\)"):
+        loss(jnp.ones((4, 3, 8), jnp.int32))
+    with pytest.raises(TypeError, match="embeddings must have a floating-point dtype, got complex64"):
+        loss(jnp.ones((4, 3, 8), jnp.complex64))
+
+
+@pytest.mark.parametrize("loss", [l for l in STACKED if l is not losses.direction_regularization], ids=_name)
+def test_too_few_modalities(loss):
+    with pytest.raises(ValueError, match=r"embeddings must have at least [23] modalities.*got shape \(4, 1, 8\)"):
+        loss(jnp.ones((4, 1, 8)))
+
+
+def test_triangle_needs_exactly_three():
+    with pytest.raises(ValueError, match=r"exactly 3 modalities .*got shape \(4, 4, 8\)"):
+        losses.triangle_loss(jnp.ones((4, 4, 8)))
+
+
+@pytest.mark.parametrize("loss", TOWERS, ids=_name)
+def test_shape_and_dtype_of_towers(loss):
+    with pytest.raises(ValueError, match=r"a must have shape \[batch, dim\], got shape \(4, 3, 8\)"):
+        loss(jnp.ones((4, 3, 8)), jnp.ones((4, 8)))
+    with pytest.raises(ValueError, match=r"a and b must have the same shape.*\(4, 8\) and \(5, 8\)"):
+        loss(jnp.ones((4, 8)), jnp.ones((5, 8)))
+    with pytest.raises(TypeError, match="b must have a floating-point dtype, got int32"):
+        loss(jnp.ones((4, 8)), jnp.ones((4, 8), jnp.int32))
+
+
+@pytest.mark.parametrize("loss", EVERY, ids=_name)
+def test_masks_weights_and_reduction(loss):
+    inputs = _inputs(loss)
+    needed = r"\(4, 3\)" if loss in STACKED else r"\(4,\)"
+    with pytest.raises(ValueError, match=rf"where must have shape .* = {needed}, got shape \(4, 9\)"):
+        loss(*inputs, where=jnp.ones((4, 9), bool))
+    with pytest.raises(TypeError, match=rf"where must be a bool array of shape .* = {needed}, got dtype float32"):
+        loss(*inputs, where=jnp.ones((4, 3)))
+    with pytest.raises(ValueError, match=r"weights must have shape \[batch\] = \(4,\), got shape \(3,\)"):
+        loss(*inputs, weights=jnp.ones(3))
+    with pytest.raises(TypeError, match=r"weights must be real numbers.*got dtype bool"):
+        loss(*inputs, weights=jnp.ones(4, bool))
+    with pytest.raises(ValueError, match='reduction must be "mean", "sum" or None, got \'average\''):
+        loss(*inputs, reduction="average")
+
+
+@pytest.mark.parametrize("loss", _with("ids"), ids=_name)
+def test_ids(loss):
+    with pytest.raises(ValueError, match=r"ids must have shape \[batch\] = \(4,\), got shape \(4, 1\)"):
+        loss(*_inputs(loss), ids=jnp.ones((4, 1), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (loss, name)
+        for name in ("temperature", "alignment_temperature", "regularization_temperature")
+        for loss in _with(name)
+    ],
+    ids=lambda value: value if isinstance(value, str) else _name(value),
+)
+def test_temperature(loss, name):
+    for value in (0, 0.0, -1.0, float("nan"), float("inf"), jnp.float32(0.0)):
+        with pytest.raises(ValueError, match=rf"{name} must be positive and finite, got {float(value)}"):
+            loss(*_inputs(loss), **{name: value})
+    with pytest.raises(ValueError, match=rf"{name} must be a scalar, got shape \(2,\)"):
+        loss(*_inputs(loss), **{name: jnp.ones(2)})
+    traced = jax.jit(lambda t: loss(*_inputs(loss), **{name: t}))
+    assert jnp.isfinite(traced(0.3))
+
+
+@pytest.mark.parametrize("loss", _with("label_smoothing"), ids=_name)
+def test_label_smoothing(loss):
+    for value in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"label_smoothing must be in \[0, 1\), got {value}"):
+            loss(*_inputs(loss), label_smoothing=value)
+
+
+@pytest.mark.parametrize("loss", _with("anchor"), ids=_name)
+def test_anchor(loss):
+    for value in (3, -4):
+        with pytest.raises(ValueError, match=rf"anchor must index the modality axis of size 3, got {value}"):
+            loss(*_inputs(loss), anchor=value)
+    with pytest.raises(TypeError, match="anchor must be an integer, got float"):
+        loss(*_inputs(loss), anchor=1.0)
+
+
+def test_sigmoid_bias():
+    with pytest.raises(ValueError, match=r"bias must be a scalar, got shape \(4,\)"):
+        losses.sigmoid_loss(jnp.ones((4, 8)), jnp.ones((4, 8)), bias=jnp.ones(4))
+
+
+def test_matching():
+    with pytest.raises(ValueError, match=r"logits must have shape \[batch, 2\], got shape \(4, 3\)"):
+        losses.matching_loss(jnp.ones((4, 3)), jnp.ones(4, jnp.int32))
+    with pytest.raises(ValueError, match=r"labels must have shape \[batch\] = \(4,\), got shape \(3,\)"):
+        losses.matching_loss(jnp.ones((4, 2)), jnp.ones(3, jnp.int32))
+    with pytest.raises(TypeError, match=r"labels must be integers.*float32"):
+        losses.matching_loss(jnp.ones((4, 2)), jnp.ones(4))
