@@ -2,8 +2,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from gramjax.encoders.conversion import strip_prefix
 
@@ -31,3 +33,26 @@ def golden():
             )
 
     return load
+
+
+def _filled(constructor):
+    model = nnx.eval_shape(constructor)
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        if path[-1] == "scale":
+            return rng.uniform(0.5, 1.5, shape)
+        return rng.normal(size=shape) * (0.2 if len(shape) == 1 else np.prod(shape[:-1]) ** -0.5)
+
+    drawn = [
+        (path, variable.replace(jnp.asarray(draw(path, variable.shape), variable.dtype)))
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    ]
+    nnx.update(model, nnx.from_flat_state(drawn))
+    return model
+
+
+@pytest.fixture(scope="session")
+def filled():
+    """Builds a module with parameters drawn by NumPy: no bias is zero, no scale is one, and nothing is compiled."""
+    return _filled

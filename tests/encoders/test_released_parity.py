@@ -59,44 +59,56 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_features(golden, case):
     encoder, config, inputs, outputs, state_dict = case(golden)
-    close(from_torch(encoder, config, state_dict)(*inputs), outputs["features"])
+    model = from_torch(encoder, config, state_dict)
+    close(jax.jit(lambda *inputs: model(*inputs))(*inputs), outputs["features"])
+
+
+def check_intermediates(run, outputs):
+    results = jax.jit(run)()
+    for name, value in results.items():
+        close(value, outputs[name], err_msg=name)
 
 
 def test_vision_intermediates(golden):
     encoder, config, (pixels,), outputs, state_dict = vision_case(golden)
     model = from_torch(encoder, config, state_dict)
-    close(model.patch_embedding(pixels), outputs["patch"])
-    x = model.embed(pixels)
-    close(x, outputs["embed"])
-    for i, block in enumerate(model.blocks):
-        x = block(x)
-        close(x, outputs[f"block{i}"])
+
+    def run():
+        x = model.embed(pixels)
+        results = {"patch": model.patch_embedding(pixels), "embed": x}
+        for i, block in enumerate(model.blocks):
+            results[f"block{i}"] = x = block(x)
+        return results
+
+    check_intermediates(run, outputs)
 
 
 def test_audio_intermediates(golden):
     encoder, config, (fbank,), outputs, state_dict = audio_case(golden)
     model = from_torch(encoder, config, state_dict)
-    close(model.patch_embedding(rearrange(fbank, "n t m -> n t m 1")), outputs["patch"])
-    x = model.embed(fbank)
-    close(x, outputs["proj"])
-    close(model.position_convolution(x), outputs["pos_conv"])
-    bias = model.position_bias(x.shape[1])
-    close(bias, outputs["position_bias"])
-    x = model.norm(x + model.position_convolution(x))
-    for i, layer in enumerate(model.layers):
-        x = layer(x, bias)
-        close(x, outputs[f"layer{i}"])
+
+    def run():
+        x = model.embed(fbank)
+        position, bias = model.position_convolution(x), model.position_bias(x.shape[1])
+        results = {"patch": model.patch_embedding(fbank[..., None])} | {"proj": x, "pos_conv": position}
+        x = model.norm(x + position)
+        for i, layer in enumerate(model.layers):
+            results[f"layer{i}"] = x = layer(x, bias)
+        return results | {"position_bias": bias}
+
+    check_intermediates(run, outputs)
 
 
 def test_audio_intermediates_at_the_released_length(golden):
     encoder, config, (fbank,), outputs, state_dict = audio_case(golden, "beats_256tok")
     model = from_torch(encoder, config, state_dict)
-    x = model.embed(fbank)
-    close(x, outputs["proj"])
-    close(model.position_convolution(x), outputs["pos_conv"])
-    bias = model.position_bias(256)
-    close(bias[:, 0], outputs["position_bias_row0"])
-    close(bias[:, 255], outputs["position_bias_row255"])
+
+    def run():
+        x, bias = model.embed(fbank), model.position_bias(256)
+        rows = {f"position_bias_row{i}": bias[:, i] for i in (0, 255)}
+        return {"proj": x, "pos_conv": model.position_convolution(x)} | rows
+
+    check_intermediates(run, outputs)
 
 
 def test_both_spellings_of_weight_normalisation(golden):
@@ -104,7 +116,8 @@ def test_both_spellings_of_weight_normalisation(golden):
     spelling = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
     for old, new in spelling.items():
         state_dict[f"encoder.pos_conv.0.{new}"] = state_dict.pop(f"encoder.pos_conv.0.{old}")
-    close(from_torch(encoder, config, state_dict)(*inputs), outputs["features"])
+    model = from_torch(encoder, config, state_dict)
+    close(jax.jit(lambda *inputs: model(*inputs))(*inputs), outputs["features"])
 
 
 def test_attention_to_a_context(golden):
@@ -113,16 +126,23 @@ def test_attention_to_a_context(golden):
     inputs, everything = golden("bert_tiny").inputs, golden("bert_tiny").state_dict
     context = jnp.asarray(inputs["encoder_hidden_states"])
     model = from_torch(encoder, config, state_dict)
-    bias = jnp.where(mask, 0.0, -1e4)[:, None, None]
-    x = model.embed(ids)
-    for i, layer in enumerate(model.layers):
-        cross = CrossAttention(rngs=nnx.Rngs(0))
+    crosses = []
+    for i in range(config.depth):
+        cross = nnx.eval_shape(lambda: CrossAttention(rngs=nnx.Rngs(0)))
         part = strip_prefix(everything, f"multimodal_encoder.bert.encoder.layer.{i}.crossattention.")
         nnx.update(cross, params_from_torch(cross, cross.rules, part))
-        x = layer.norm1(x + layer.attention(x, bias=bias))
-        x = cross.norm(x + cross.attention(x, context))
-        x = layer.norm2(x + layer.mlp(x))
-    close(x, outputs["cross_hidden"])
+        crosses.append(cross)
+
+    def run():
+        bias = jnp.where(mask, 0.0, -1e4)[:, None, None]
+        x = model.embed(ids)
+        for layer, cross in zip(model.layers, crosses):
+            x = layer.norm1(x + layer.attention(x, bias=bias))
+            x = cross.norm(x + cross.attention(x, context))
+            x = layer.norm2(x + layer.mlp(x))
+        return {"cross_hidden": x}
+
+    check_intermediates(run, outputs)
 
 
 class CrossAttention(nnx.Module):
@@ -184,7 +204,8 @@ def test_half_precision_files_load(golden):
     encoder, config, inputs, outputs, state_dict = vision_case(golden)
     model = from_torch(encoder, config, {key: value.astype(np.float16) for key, value in state_dict.items()})
     assert model.blocks[0].mlp.fc1.kernel.dtype == jnp.float32
-    np.testing.assert_allclose(model(*inputs), outputs["features"], atol=0.05)
+    features = jax.jit(lambda *inputs: model(*inputs))(*inputs)
+    np.testing.assert_allclose(features, outputs["features"], atol=0.05)
 
 
 def test_released_sizes():
