@@ -1,1 +1,1 @@
-"""gramjax.data"""
+"""Data sets, tokenizers, audio preprocessing and input pipelines. Knows nothing of models."""
