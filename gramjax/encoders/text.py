@@ -80,7 +80,6 @@ class BERT(nnx.Module):
                 >>> import jax.numpy as jnp
     import numpy as np
                 >>> from flax import nnx
-        from jax.core import Tracer
                 >>> config = BERTConfig(vocab_size=100, max_length=16, width=64, depth=2, num_heads=4, mlp_dim=128)
                 >>> encoder = BERT(config, rngs=nnx.Rngs(0))
                 >>> ids = jnp.array([[1, 7, 8, 2, 0, 0]])
