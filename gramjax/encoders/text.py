@@ -69,22 +69,21 @@ class BERTConfig:
 class BERT(nnx.Module):
     """Token ids to tokens: word, position and type embeddings, then post-norm layers.
 
-            Args:
-                config: the sizes.
-                rngs: stream `params` initialises the parameters.
-                dtype: of the computation and the result.
-                param_dtype: of the parameters.
-                remat: recompute each layer's activations in the backward pass instead of storing them.
+    Args:
+        config: the sizes.
+        rngs: stream `params` initialises the parameters.
+        dtype: of the computation and the result.
+        param_dtype: of the parameters.
+        remat: recompute each layer's activations in the backward pass instead of storing them.
 
-            Example:
-                >>> import jax.numpy as jnp
-    import numpy as np
-                >>> from flax import nnx
-                >>> config = BERTConfig(vocab_size=100, max_length=16, width=64, depth=2, num_heads=4, mlp_dim=128)
-                >>> encoder = BERT(config, rngs=nnx.Rngs(0))
-                >>> ids = jnp.array([[1, 7, 8, 2, 0, 0]])
-                >>> encoder(ids, ids != 0).shape
-                (1, 6, 64)
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> config = BERTConfig(vocab_size=100, max_length=16, width=64, depth=2, num_heads=4, mlp_dim=128)
+        >>> encoder = BERT(config, rngs=nnx.Rngs(0))
+        >>> ids = jnp.array([[1, 7, 8, 2, 0, 0]])
+        >>> encoder(ids, ids != 0).shape
+        (1, 6, 64)
     """
 
     def __init__(
