@@ -1,0 +1,30 @@
+# Every target sets up its own virtual environment; only python3 (3.11 or newer) and make are needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: train test test-slow lint bench
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gramjax needs Python 3.11 or newer, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,test]'
+	touch $@
+
+# Trains on the embedded emoji set and evaluates; interrupted, it continues. Options: make train ARGS="--seed 1".
+train: $(VENV)/.installed
+	$(BIN)/python -m experiments.train $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m experiments.benchmark $(ARGS)
