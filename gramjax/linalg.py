@@ -263,7 +263,8 @@ def _volume_jvp(primals, tangents):
     tangent = tangents[0]
     basis, triangle = _gram_schmidt(z)
     residuals = jnp.where(where, _diagonal(triangle), 1.0)
-    gradient = jnp.sum(_adjugate(triangle, residuals)[..., None] * basis[..., None, :, :], axis=-2)
+    adjugate = _adjugate(triangle, residuals)
+    gradient = jnp.einsum("...ij,...jd->...id", adjugate, basis, precision=jax.lax.Precision.HIGHEST)
     return jnp.prod(residuals, axis=-1), jnp.sum(gradient * tangent, axis=(-2, -1))
 
 
@@ -359,26 +360,31 @@ def _decompose(z: Array) -> _Decomposition:
     values = jnp.take_along_axis(values, order, axis=-1)
     rotated = jnp.take_along_axis(rotated, order[..., None, :], axis=-1)
     mixing = jnp.take_along_axis(mixing, order[..., None, :], axis=-1)
-    sign = _orientation(mixing)
+    sign = _orientation(values, mixing)
+    mixing = mixing * sign[..., None, None]
     present = values > _tolerance(z) * values[..., :1]
-    scale = jnp.where(present, sign / jnp.where(present, values, 1.0), 0.0)
+    scale = jnp.where(present, sign[..., None] / jnp.where(present, values, 1.0), 0.0)
     directions = jnp.einsum(
         "...ji,...jd->...id", rotated * scale[..., None, :], basis, precision=jax.lax.Precision.HIGHEST
     )
-    return _Decomposition(values, directions, mixing * sign[..., None, :])
+    return _Decomposition(values, directions, mixing)
 
 
-def _orientation(mixing: Array) -> Array:
-    """Signs that make `u_i . sum_l z_l = sigma_i sum_l v_li` positive, or else the first product `sigma_i v_li`.
+def _orientation(values: Array, mixing: Array) -> Array:
+    """Sign `[...]` that makes `u_1 . sum_l z_l = sigma_1 sum_l v_l1` positive, or else the first `sigma_1 v_l1`.
 
-    The sum vanishes not by accident only: two unit vectors at an obtuse angle have the leading direction along their
+    The sum vanishes not by accident only: two unit vectors at an obtuse angle have their leading direction along their
     difference, orthogonal to their sum. Rounding must not choose the sign then.
     """
+    leading = mixing[..., :, 0]
+    # Rounding turns v_1 by its share of the distance to the next singular value.
+    gap = jnp.maximum(values[..., 0] - values[..., min(1, values.shape[-1] - 1)], 0.0)
     noise = 8 * mixing.shape[-1] * float(jnp.finfo(mixing.dtype).eps)
-    total = jnp.sum(mixing, axis=-2)
-    first = jnp.argmax(jnp.abs(mixing) > noise, axis=-2, keepdims=True)
-    first = jnp.take_along_axis(mixing, first, axis=-2)[..., 0, :]
-    return jnp.where(jnp.where(jnp.abs(total) > noise, total, first) < 0, -1.0, 1.0).astype(mixing.dtype)
+    noise = jnp.where(gap > 0, noise * values[..., 0] / jnp.where(gap > 0, gap, 1.0), noise)[..., None]
+    first = jnp.argmax(jnp.abs(leading) > noise, axis=-1, keepdims=True)
+    total = jnp.sum(leading, axis=-1, keepdims=True)
+    decides = jnp.where(jnp.abs(total) > noise, total, jnp.take_along_axis(leading, first, axis=-1))
+    return jnp.where(decides < 0, -1.0, 1.0).astype(mixing.dtype)[..., 0]
 
 
 def _one_sided_jacobi(columns: Array) -> tuple[Array, Array]:

@@ -1,9 +1,14 @@
 """Settings every test runs under: shapes checked, promotions strict, eight simulated devices."""
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Workers, subprocesses and later runs share what XLA has compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
@@ -13,6 +18,8 @@ from jaxtyping import install_import_hook
 # Every annotated signature in gramjax is checked at run time here; in production the annotations cost nothing.
 install_import_hook("gramjax", "beartype.beartype")
 
+# Most of the suite's time is XLA compiling small functions that run once.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

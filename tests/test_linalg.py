@@ -1,0 +1,273 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from gramjax import linalg
+from tests import reference
+
+FUNCTIONS = [
+    linalg.gram_matrix,
+    linalg.orthonormal_basis,
+    linalg.volume,
+    linalg.log_volume,
+    linalg.singular_values,
+    linalg.leading_direction,
+]
+MASKED = FUNCTIONS[1:]
+every_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+every_masked = pytest.mark.parametrize("function", MASKED, ids=lambda f: f.__name__)
+
+
+def _sets(k, kind, batch=64, d=24, seed=0):
+    """Float32 sets of `k` vectors; truths are computed in float64 from exactly these."""
+    rng = np.random.default_rng(seed)
+    z = reference.unit(rng, batch, k, d)
+    if kind == "close":
+        z = z[:, :1] + 1e-3 * rng.normal(size=z.shape) / np.sqrt(d)
+    if kind == "graded":
+        z = z * 10.0 ** -rng.integers(0, 4, size=(batch, k, 1))
+    return z.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["random", "close", "graded"])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+def test_float32_accuracy_against_float64(k, kind):
+    z = _sets(k, kind)
+    values = np.linalg.svd(z.astype(np.float64), compute_uv=False)
+    volumes = np.prod(values, axis=-1)
+    np.testing.assert_allclose(linalg.volume(jnp.asarray(z)), volumes, rtol=1e-4)
+    np.testing.assert_allclose(linalg.log_volume(jnp.asarray(z)), np.log(volumes), rtol=1e-5, atol=1e-4)
+    error = np.abs(linalg.singular_values(jnp.asarray(z)) - values)
+    assert np.max(error / values[:, :1]) < 5e-6
+    simple = (values[:, 0] - values[:, 1] > 0.05) if k > 1 else np.ones(len(z), bool)
+    truth = np.stack([reference.leading_direction(vectors) for vectors in z])
+    np.testing.assert_allclose(linalg.leading_direction(jnp.asarray(z))[simple], truth[simple], atol=2e-5)
+
+
+def test_volumes_of_modalities_that_differ_by_a_thousandth():
+    """The published float32 determinant is off by a tenth here."""
+    z = _sets(3, "close", batch=256)
+    truth = np.array([reference.volume(vectors) for vectors in z])
+    published = np.sqrt(np.abs(np.linalg.det(np.einsum("nid,njd->nij", z, z))))
+    assert np.max(np.abs(published / truth - 1)) > 0.05
+    np.testing.assert_allclose(linalg.volume(jnp.asarray(z)), truth, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 7])
+def test_float64_stays_float64(k, x64):
+    z = _sets(k, "random").astype(np.float64)
+    values = np.linalg.svd(z, compute_uv=False)
+    result = linalg.singular_values(jnp.asarray(z))
+    assert result.dtype == jnp.float64
+    np.testing.assert_allclose(result, values, rtol=1e-13)
+    np.testing.assert_allclose(linalg.volume(jnp.asarray(z)), np.prod(values, axis=-1), rtol=1e-13)
+
+
+def test_basis_is_orthonormal_and_spans():
+    z = jnp.asarray(_sets(4, "close"))
+    basis = np.asarray(linalg.orthonormal_basis(z), np.float64)
+    np.testing.assert_allclose(
+        np.einsum("nid,njd->nij", basis, basis), np.broadcast_to(np.eye(4), (64, 4, 4)), atol=2e-6
+    )
+    vectors = np.asarray(z, np.float64)
+    projected = np.einsum("nid,njd,nje->nie", vectors, basis, basis)
+    np.testing.assert_allclose(projected, vectors, atol=1e-6)
+
+
+@every_masked
+def test_masked_equals_the_present_ones(function, x64):
+    z = reference.unit(np.random.default_rng(0), 16, 4, 9)
+    where = np.random.default_rng(1).random((16, 4)) < 0.6
+    where[0], where[1] = True, False
+    poisoned = np.where(where[..., None], z, np.nan)
+    result = np.asarray(function(jnp.asarray(poisoned), jnp.asarray(where)))
+    for i in range(16):
+        count = where[i].sum()
+        if function is linalg.volume:
+            expected = reference.volume(z[i, where[i]])
+        elif function is linalg.log_volume:
+            expected = np.log(reference.volume(z[i, where[i]]))
+        elif function is linalg.singular_values:
+            values = np.linalg.svd(z[i, where[i]], compute_uv=False) if count else []
+            expected = np.concatenate([values, np.zeros(4 - count)])
+        elif function is linalg.leading_direction:
+            expected = reference.leading_direction(z[i, where[i]]) if count else np.zeros(9)
+        else:
+            q, r = np.linalg.qr(z[i, where[i]].T)
+            expected = np.zeros((4, 9))
+            expected[where[i]] = (q * np.sign(np.diag(r))).T
+        np.testing.assert_allclose(result[i], expected, atol=1e-12)
+
+
+@every_function
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_derivatives_against_finite_differences(function, k, x64):
+    """Forward and reverse, first and second."""
+    rng = np.random.default_rng(k)
+    z = jnp.asarray(rng.normal(size=(3, k, 7)) + 1.0)
+    weights = jnp.asarray(rng.normal(size=jax.eval_shape(function, z).shape))
+    loss = jax.jit(lambda z: jnp.sum(weights * jnp.sin(function(z))))
+    # The checker passes NumPy arrays on.
+    check_grads(lambda z: loss(jnp.asarray(z)), (z,), order=2, eps=1e-5, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_the_volume_is_the_residual(x64):
+    """dVol/dz_l is the volume of the others times the unit residual, also where one vector is dependent on another."""
+    z = reference.unit(np.random.default_rng(3), 5, 3, 8)
+    gradient = jax.jit(jax.vmap(jax.grad(linalg.volume)))(jnp.asarray(z))
+    for i, l in np.ndindex(5, 3):
+        others = np.delete(z[i], l, axis=0)
+        q, _ = np.linalg.qr(others.T)
+        residual = z[i, l] - q @ (q.T @ z[i, l])
+        expected = reference.volume(others) * residual / np.linalg.norm(residual)
+        np.testing.assert_allclose(gradient[i, l], expected, atol=1e-12)
+
+
+def test_gradient_of_the_volume_stays_accurate_when_vectors_nearly_coincide():
+    rng = np.random.default_rng(4)
+    base = reference.unit(rng, 32, 1, 16)
+    z = (base + 1e-3 * rng.normal(size=(32, 3, 16))).astype(np.float32)
+    with jax.enable_x64(True):
+        expected = np.asarray(jax.jit(jax.vmap(jax.grad(linalg.volume)))(jnp.asarray(z, jnp.float64)))
+    gradient = np.asarray(jax.jit(jax.vmap(jax.grad(linalg.volume)))(jnp.asarray(z)))
+    assert np.max(np.abs(gradient - expected)) < 1e-3 * np.max(np.abs(expected))
+
+
+def _degenerate():
+    e = np.eye(4)
+    return {
+        "zero": np.zeros((3, 4)),
+        "equal": np.ones((3, 4)) / 2,
+        "opposite": np.array([e[0], -e[0], e[0]]),
+        "orthogonal": e[:3],
+        "one zero": np.array([e[0], 0 * e[0], e[1]]),
+        "two equal": np.array([e[0], e[1], e[1]]),
+        "in a plane": np.array([e[0], e[1], (e[0] + e[1]) / np.sqrt(2)]),
+        "nearly equal": np.ones((3, 4)) / 2 + 1e-7 * e[:3],
+        "more than dimensions": np.ones((3, 2)) / np.sqrt(2),
+    }
+
+
+@every_function
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_finite_at_degenerate_sets(function, dtype):
+    value_and_grad = jax.jit(lambda z: (function(z), jax.grad(lambda z: jnp.sum(function(z)))(z)))
+    for degenerate in _degenerate().values():
+        z = jnp.asarray(degenerate, dtype)
+        value, gradient = value_and_grad(z)
+        chex.assert_tree_all_finite((value, gradient))
+        assert value.dtype == jnp.float32
+        assert gradient.dtype == dtype
+
+
+def test_known_degenerate_values():
+    sets = {name: jnp.asarray(z, jnp.float32) for name, z in _degenerate().items()}
+    for name in ("zero", "equal", "opposite", "one zero", "two equal"):
+        assert linalg.volume(sets[name]) == 0
+    np.testing.assert_allclose(linalg.volume(sets["in a plane"]), 0, atol=1e-6)
+    assert linalg.volume(sets["orthogonal"]) == 1
+    np.testing.assert_array_equal(linalg.singular_values(sets["orthogonal"]), [1, 1, 1])
+    np.testing.assert_allclose(linalg.singular_values(sets["opposite"]), [np.sqrt(3), 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(linalg.leading_direction(sets["opposite"]), [1, 0, 0, 0], atol=1e-6)
+    assert not np.any(linalg.leading_direction(sets["zero"]))
+
+
+def test_log_volume_where_the_volume_underflows():
+    # The rows are e_0 + 1e-5 e_l: det Gram = 1e-10^12 (1 + 12 / 1e-10), far below what float32 holds.
+    z = jnp.asarray(np.eye(1, 16) + 1e-5 * np.eye(12, 16, 1), jnp.float32)
+    assert linalg.volume(z) == 0
+    np.testing.assert_allclose(linalg.log_volume(z), 0.5 * (12 * np.log(1e-10) + np.log1p(12e10)), rtol=1e-4)
+
+
+def test_leading_direction_at_an_obtuse_angle_is_not_left_to_rounding():
+    """Two unit vectors at an obtuse angle: u_1 is along their difference, orthogonal to their sum."""
+    a = reference.unit(np.random.default_rng(0), 200, 16)
+    b = reference.unit(np.random.default_rng(1), 200, 16)
+    b = np.where((np.sum(a * b, axis=1) > 0)[:, None], -b, b)
+    directions = np.asarray(linalg.leading_direction(jnp.asarray(np.stack([a, b], axis=1), jnp.float32)))
+    assert np.all(np.sum(directions * a, axis=1) > 0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([0.0, 1.0, -1.0, 0.5, 3.0, 1e-3, -1e-5, 1e-7]), min_size=12, max_size=12), st.data())
+def test_properties(entries, data):
+    """Volume and values do not depend on the order; they grow with a factor; a rotation changes neither."""
+    z = np.reshape(entries, (3, 4)).astype(np.float32)
+    order = data.draw(st.permutations(range(3)))
+    size = np.prod(np.maximum(np.linalg.norm(z, axis=1), 1e-30))
+    volume, values = _volume_and_values(jnp.asarray(z))
+    again, values_again = _volume_and_values(jnp.asarray(z[list(order)]))
+    np.testing.assert_allclose(volume, again, atol=2e-5 * size)
+    np.testing.assert_allclose(values, values_again, atol=5e-6 * max(values[0], 1e-30))
+    truth = np.linalg.svd(z.astype(np.float64), compute_uv=False)
+    np.testing.assert_allclose(values, truth, atol=5e-6 * max(truth[0], 1e-30))
+    scaled, values_scaled = _volume_and_values(jnp.asarray(2 * z))
+    np.testing.assert_array_equal(values_scaled, 2 * values)
+    np.testing.assert_array_equal(scaled, 8 * volume)
+    assert 0 <= volume <= size * (1 + 1e-5)
+
+
+@jax.jit
+def _volume_and_values(z):
+    return linalg.volume(z), linalg.singular_values(z)
+
+
+@every_function
+def test_jit_vmap_and_leading_axes(function):
+    z = jnp.asarray(_sets(3, "random", batch=6)).reshape(2, 3, 3, 24)
+    expected = function(z)
+    np.testing.assert_allclose(jax.jit(function)(z), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.vmap(function)))(z), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(function)(z[1, 2]), expected[1, 2], rtol=1e-4, atol=1e-6)
+    assert function(jnp.zeros((0, 3, 5))).shape[0] == 0
+
+
+def _sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield variable.aval.shape
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _sizes(inner)
+
+
+@every_function
+def test_no_factor_of_the_size_of_the_dimension_squared(function):
+    """Neither forward nor backward holds a `d x d` array."""
+    d = 211
+    z = jnp.zeros((13, 3, d))
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(lambda z: jnp.sum(function(z))))(z).jaxpr
+    shapes = list(_sizes(jaxpr))
+    assert (13, 3, d) in shapes  # The walk sees the arrays inside.
+    assert not [shape for shape in shapes if shape.count(d) > 1 or np.prod(shape) > 13 * 8 * d]
+
+
+@every_function
+def test_bad_input(function, unchecked_signatures):
+    with pytest.raises(TypeError, match=r"z must have a floating-point dtype, got int32 of shape \(3, 4\)"):
+        function(jnp.ones((3, 4), jnp.int32))
+    with pytest.raises(ValueError, match=r"z must have shape \[..., modality, dim\], got shape \(4,\)"):
+        function(jnp.ones(4))
+
+
+@every_masked
+def test_bad_mask(function, unchecked_signatures):
+    with pytest.raises(ValueError, match=r"where must have shape \[..., modality\] = \(2, 3\), got shape \(3,\)"):
+        function(jnp.ones((2, 3, 4)), jnp.ones(3, bool))
+    with pytest.raises(TypeError, match=r"where must be a bool array .* got dtype int32"):
+        function(jnp.ones((2, 3, 4)), jnp.ones((2, 3), jnp.int32))
+
+
+def test_compiles_once_for_each_shape():
+    def spectrum(z):
+        return linalg.singular_values(z)
+
+    traced = jax.jit(chex.assert_max_traces(spectrum, n=1))
+    for seed in range(3):
+        traced(jnp.asarray(_sets(3, "random", seed=seed)))
