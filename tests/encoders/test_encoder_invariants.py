@@ -53,6 +53,7 @@ CASES = {
     "text": (BERT, TEXT, text_inputs, 12),
 }
 each = pytest.mark.parametrize("name", CASES)
+each_kind = pytest.mark.parametrize("name", ["vision", "audio", "text"])
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,9 @@ def loss_and_gradient(name, **options):
     def loss(params, inputs):
         outputs = forward(name, **options)(params, inputs, None)
         # Unequal weights: after a LayerNorm an even sum has no gradient.
-        return jnp.sum(normal(*outputs.shape) * outputs.astype(jnp.float32))
+        return jnp.sum(normal(*outputs.shape) * outputs.astype(jnp.float32)), outputs
 
-    return jax.jit(jax.value_and_grad(loss))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @each
@@ -155,12 +156,12 @@ def test_rates_of_zero_leave_nothing_random(name, build):
     assert "random_bits" not in str(jaxpr)
 
 
-@each
+@each_kind
 def test_remat_changes_memory_only(name, build):
     model, inputs = build(name)
     params = nnx.state(model)
     plain, saved = (loss_and_gradient(name, **options)(params, inputs) for options in ({}, {"remat": True}))
-    np.testing.assert_allclose(plain[0], saved[0], rtol=1e-4)
+    np.testing.assert_allclose(plain[0][1], saved[0][1], atol=1e-5)
     chex.assert_trees_all_close(plain[1], saved[1], atol=1e-3, rtol=1e-4)
     plain, saved = (forward(name, **options)(params, inputs, dropout_key(1)) for options in ({}, {"remat": True}))
     np.testing.assert_allclose(plain, saved, atol=1e-5)
@@ -174,16 +175,15 @@ def test_remat_changes_memory_only(name, build):
 def test_bfloat16_computation_with_float32_parameters(name, build):
     model, inputs = build(name, dtype=jnp.bfloat16)
     expected = forward(name)(nnx.state(model), inputs, None)
-    outputs = forward(name, dtype=jnp.bfloat16)(nnx.state(model), inputs, None)
+    (_, outputs), gradient = loss_and_gradient(name, dtype=jnp.bfloat16)(nnx.state(model), inputs)
     assert outputs.dtype == jnp.bfloat16
     error = jnp.linalg.norm(outputs.astype(jnp.float32) - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)
     assert 1e-4 < error.max() < 0.05
-    _, gradient = loss_and_gradient(name, dtype=jnp.bfloat16)(nnx.state(model), inputs)
     chex.assert_tree_all_finite(gradient)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
 
 
-@each
+@each_kind
 def test_float64(name, build, x64):
     encoder, config, inputs, _ = CASES[name]
     graph = nnx.graphdef(nnx.eval_shape(lambda: encoder(config, rngs=nnx.Rngs(0), dtype=jnp.float64)))
