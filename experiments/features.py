@@ -6,6 +6,7 @@ energies of an utterance averaged over time.
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -60,9 +61,10 @@ def colour(pictures: np.ndarray, *, grid: int) -> np.ndarray:
     return np.concatenate([_unit_norm(means), histogram], axis=1)
 
 
-def picture_features(pictures: np.ndarray, *, cell: int, grid: int, colour_weight: float) -> np.ndarray:
-    """HOG and colour side by side, each scaled to unit norm, colour then times `colour_weight`."""
-    shape = _unit_norm(hog(pictures, cell=cell))
+def picture_features(pictures: np.ndarray, *, cells: Sequence[int], grid: int, colour_weight: float) -> np.ndarray:
+    """HOG with cells of each of the sizes, of unit norm together, then colour, whose norm is `colour_weight`."""
+    shapes = [_unit_norm(hog(pictures, cell=cell)) for cell in cells]
+    shape = _unit_norm(np.concatenate(shapes, axis=1))
     paint = _unit_norm(colour(pictures, grid=grid))
     return np.concatenate([shape, colour_weight * paint], axis=1)
 
@@ -108,11 +110,21 @@ class TfIdf:
         return _unit_norm(matrix * self.idf)
 
 
-def pooled_log_mel(fbank: np.ndarray, *, segments: int) -> np.ndarray:
-    """Mean and standard deviation over time of log-mel energies `[frames, mel]`, in each of `segments` stretches."""
-    edges = np.linspace(0, len(fbank), segments + 1)
-    stretches = [fbank[int(a) : max(int(np.ceil(b)), int(a) + 1)] for a, b in itertools.pairwise(edges)]
-    return np.concatenate([statistic for part in stretches for statistic in (part.mean(axis=0), part.std(axis=0))])
+def pooled_log_mel(fbank: np.ndarray, *, segments: Sequence[int]) -> np.ndarray:
+    """Mean and standard deviation over time of log-mel energies `[frames, mel]`, in parts of the utterance.
+
+    Args:
+      fbank: natural logarithms, of a waveform in the range of 16-bit samples.
+      segments: into how many equal stretches the utterance is cut, for each of the cuts.
+    """
+    # Less than the rounding of 16-bit samples is silence, and its logarithm says nothing.
+    fbank = np.maximum(fbank, 0.0)
+    statistics = []
+    for count in segments:
+        for start, stop in itertools.pairwise(np.linspace(0, len(fbank), count + 1)):
+            part = fbank[int(start) : max(math.ceil(stop), int(start) + 1)]
+            statistics += [part.mean(axis=0), part.std(axis=0)]
+    return np.concatenate(statistics)
 
 
 def _unit_norm(rows: np.ndarray) -> np.ndarray:

@@ -175,7 +175,7 @@ def embedding_map(
     _, spread, axes_ = np.linalg.svd(centred.reshape(-1, centred.shape[-1]), full_matrices=False)
     points = centred @ axes_[:2].T
     share = spread[:2] ** 2 / np.sum(spread**2)
-    items = _evenly_spaced(len(points), joined)
+    items = evenly_spaced(len(points), joined)
     with mpl.rc_context(STYLE):
         figure = _figure(8.0, 5.6, layout="constrained")
         axes = figure.subplots()
@@ -275,7 +275,7 @@ def _found(axes: Axes, found: Found, left: float, top: float, *, framed: bool) -
     _picture(axes, found.picture, left, top)
     if framed:
         axes.add_patch(Rectangle((left - 0.045, top + 0.005), 0.70, 0.64, fill=False, edgecolor=RIGHT, linewidth=2.2))
-    name = textwrap.shorten(found.name, 17, placeholder="…") or found.name[:15] + "…"
+    name = found.name if len(found.name) <= 17 else found.name[:16].rstrip() + "…"
     axes.text(left + 0.305, top + 0.725, name, ha="center", va="center", fontsize=6.5, color=INK if framed else FAINT)
 
 
@@ -299,7 +299,8 @@ def _smoothed(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarr
     return np.convolve(steps, kernel, mode="valid"), np.convolve(values, kernel, mode="valid")
 
 
-def _evenly_spaced(count: int, wanted: int) -> np.ndarray:
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    """Up to `wanted` indices spread evenly over `0 .. count - 1`, both ends included."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
 
 

@@ -77,8 +77,10 @@ def test_colour_of_a_two_colour_picture():
 
 def test_picture_features_balance_shape_and_colour():
     pictures = np.random.default_rng(1).uniform(size=(2, 8, 8, 3))
-    shape, paint = np.split(features.picture_features(pictures, cell=4, grid=2, colour_weight=0.5), [36], axis=1)
-    np.testing.assert_allclose(np.linalg.norm(shape, axis=1), 1)
+    both = features.picture_features(pictures, cells=(2, 4), grid=2, colour_weight=0.5)
+    fine, coarse, paint = np.split(both, [9 * 36, 10 * 36], axis=1)
+    np.testing.assert_allclose(np.linalg.norm(fine, axis=1), np.sqrt(0.5))
+    np.testing.assert_allclose(np.linalg.norm(coarse, axis=1), np.sqrt(0.5))
     np.testing.assert_allclose(np.linalg.norm(paint, axis=1), 0.5)
 
 
@@ -102,10 +104,16 @@ def test_tfidf_of_a_text_without_a_known_ngram_is_zero():
 
 def test_pooled_log_mel_by_hand():
     fbank = np.arange(12, dtype=np.float64).reshape(6, 2)
-    np.testing.assert_allclose(features.pooled_log_mel(fbank, segments=1), [5, 6, *[math.sqrt(35 / 3)] * 2])
-    halves = features.pooled_log_mel(fbank, segments=2)
-    np.testing.assert_allclose(halves, [2, 3, *[math.sqrt(8 / 3)] * 2, 8, 9, *[math.sqrt(8 / 3)] * 2])
+    whole = [5, 6, *[math.sqrt(35 / 3)] * 2]
+    halves = [2, 3, *[math.sqrt(8 / 3)] * 2, 8, 9, *[math.sqrt(8 / 3)] * 2]
+    np.testing.assert_allclose(features.pooled_log_mel(fbank, segments=(1, 2)), whole + halves)
 
 
 def test_pooled_log_mel_of_fewer_frames_than_segments():
-    assert features.pooled_log_mel(np.ones((3, 4)), segments=8).shape == (8 * 2 * 4,)
+    assert features.pooled_log_mel(np.ones((3, 4)), segments=(8,)).shape == (8 * 2 * 4,)
+
+
+def test_silence_is_all_alike():
+    silence, digital = np.full((10, 4), -3.0), np.full((10, 4), -15.9)
+    assert not features.pooled_log_mel(silence, segments=(1, 4)).any()
+    assert not features.pooled_log_mel(digital, segments=(1, 4)).any()
