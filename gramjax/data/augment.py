@@ -91,9 +91,10 @@ def degrade_speech(
     mean = (energies * inside).sum(axis=(1, 2)) / (length * energies.shape[2])
     snr = snr_db[0] + (snr_db[1] - snr_db[0]) * uniform[:, 0]
     level = (mean * 10.0 ** (-snr / 10)).astype(np.float32)
-    start = (uniform[:, 1] * (len(noise) - energies.shape[1] + 1)).astype(np.int64)
+    start = (uniform[:, 1] * (len(noise) - length + 1)).astype(np.int64)
+    drawn = noise[np.minimum(start[:, None] + frames, len(noise) - 1)]
     gain = (10.0 ** (gain_db * (2 * uniform[:, 2] - 1) / 10)).astype(np.float32)
-    return gain[:, None, None] * (energies + level[:, None, None] * noise[start[:, None] + frames])
+    return gain[:, None, None] * (energies + level[:, None, None] * drawn)
 
 
 def mask_spectrum(

@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Bool, Float32, Int, Int32
 
 from gramjax.data import audio, augment, emoji, tokenizer
@@ -100,6 +101,9 @@ def make_loader(
         )
     loader = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if workers:
+        if not flags.FLAGS.is_parsed():
+            # Grain's workers read absl flags, which a script that does not use absl never parses.
+            flags.FLAGS.mark_as_parsed()
         loader = loader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return loader
 

@@ -154,7 +154,7 @@ def load_split(data_dir: str | os.PathLike[str] | None, split: str) -> EmojiSpli
     builder = EmojiBuilder(
         data_dir=None if data_dir is None else os.path.expanduser(data_dir), file_format="array_record"
     )
-    if not builder.is_prepared():
+    if not _is_prepared(builder):
         _prepare(builder)
         builder = EmojiBuilder(data_dir=builder.data_path.parents[1], file_format="array_record")
     return EmojiSplit(builder, split)
@@ -173,16 +173,21 @@ def _encode_png(pixels: UInt8[np.ndarray, "32 32 4"]) -> io.BytesIO:
     return buffer
 
 
+def _is_prepared(builder: EmojiBuilder) -> bool:
+    """As `builder.is_prepared()`, which also warns if not."""
+    return (builder.data_path / "dataset_info.json").exists()
+
+
 def _prepare(builder: EmojiBuilder) -> None:
     """Prepares the set unless another process has just done so."""
     folder = Path(builder.data_path).parent
     folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder / ".lock") as locked:
-        if builder.data_path.exists():
+        if _is_prepared(builder):
             return
         if locked:
             # Nobody else writes here now, so these belong to preparations that were killed.
-            for remains in folder.glob(f"{builder.data_path.name}.incomplete*"):
+            for remains in folder.glob(f"incomplete.*_{builder.data_path.name}"):
                 shutil.rmtree(remains, ignore_errors=True)
         logging.getLogger(__name__).info("preparing the emoji set in %s", builder.data_path)
         try:
@@ -190,7 +195,7 @@ def _prepare(builder: EmojiBuilder) -> None:
             builder.download_and_prepare(file_format="array_record")
         except OSError:
             # Where files cannot be locked, another process may have been first: its result is as good as ours.
-            if not builder.data_path.exists():
+            if not _is_prepared(builder):
                 raise
 
 

@@ -4,11 +4,11 @@ eSpeak NG (GPL-3.0) is not part of gramjax: the optional package `espeakng-loade
 voices. The speech is synthetic, by formant synthesis; a model that has heard it alone knows nothing of human voices.
 """
 
-import ctypes
-import functools
-import threading
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int16
@@ -23,51 +23,55 @@ TEST_VOICE = "en-gb-x-gbclan+Andrea"
 VOICES = (*TRAIN_VOICES, VALIDATION_VOICE, TEST_VOICE)
 WORDS_PER_MINUTE = 210
 
-# Constants of espeak-ng/speak_lib.h.
-_AUDIO_OUTPUT_SYNCHRONOUS = 2  # samples go to the callback, not to a device; Synth returns when done
-_INITIALIZE_DONT_EXIT = 0x8000
-_RATE, _PITCH = 1, 3
-_POS_CHARACTER, _CHARS_UTF8 = 1, 1
-
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-# The library holds one synthesizer in global state.
-_LOCK = threading.Lock()
-
 
 class SynthesisError(RuntimeError):
     """eSpeak NG refused a request."""
 
 
-def synthesize(texts: Sequence[str], voice: str) -> list[Int16[np.ndarray, " sample"]]:
+def synthesize(texts: Sequence[str], voice: str) -> list[Int16[np.ndarray, " _"]]:
     """Speaks English texts.
+
+    eSpeak NG runs in a process of its own: it keeps global state, is not safe to call from several threads, and what
+    it said before colours what it says next. So the same list of texts gives the same samples every time; a text in
+    another list may differ a little.
 
     Args:
       texts: what to say, each at least one letter or digit.
       voice: an eSpeak NG language, optionally with "+" and a variant (one of `VOICES`, say).
 
     Returns:
-      One mono waveform a text, 16 bits at 16,000 Hz. The same text and voice give the same samples every time.
+      One mono waveform a text, 16 bits at 16,000 Hz.
 
     Raises:
       SynthesisError: if the voice is unknown or a text yields no sound.
       ImportError: if `espeakng-loader` is not installed.
     """
-    with _LOCK:
-        library, rate, chunks, _ = _library()
-        if library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise SynthesisError(f"eSpeak NG has no voice {voice!r}")
-        library.espeak_SetParameter(_RATE, WORDS_PER_MINUTE, 0)
-        library.espeak_SetParameter(_PITCH, 50, 0)
-        waveforms = []
-        for text in texts:
-            # A pause at every comma and colon would make up much of the longest names.
-            encoded = text.translate({ord(mark): " " for mark in ",:()“”"}).encode()
-            chunks.clear()
-            status = library.espeak_Synth(encoded, len(encoded) + 1, 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None)
-            if status != 0 or not chunks:
-                raise SynthesisError(f"eSpeak NG made no sound of {text!r} (status {status})")
-            waveforms.append(np.concatenate(chunks))
-    return [wave for start in range(0, len(waveforms), 64) for wave in _resample(waveforms[start : start + 64], rate)]
+    try:
+        import espeakng_loader
+    except ImportError as error:
+        raise ImportError("speech is synthesised by eSpeak NG: pip install 'gramjax[media]'") from error
+    request = {
+        "library_path": espeakng_loader.get_library_path(),
+        "data_path": espeakng_loader.get_data_path(),
+        "voice": voice,
+        "words_per_minute": WORDS_PER_MINUTE,
+        # A pause at every comma and colon would make up much of the longest names.
+        "texts": [text.translate({ord(mark): " " for mark in ",:()“”"}) for text in texts],
+    }
+    command = [sys.executable, "-I", str(Path(__file__).with_name("_espeak.py"))]
+    process = subprocess.run(command, input=json.dumps(request).encode(), stdout=subprocess.PIPE, check=False)
+    header, _, samples = process.stdout.partition(b"\n")
+    if process.returncode != 0 or not header:
+        raise SynthesisError(f"eSpeak NG's process ended with status {process.returncode}")
+    answer = json.loads(header)
+    if "error" in answer:
+        raise SynthesisError(answer["error"])
+    waveforms = np.split(np.frombuffer(samples, np.int16), np.cumsum(answer["lengths"])[:-1]) if texts else []
+    return [
+        waveform
+        for start in range(0, len(waveforms), 64)
+        for waveform in _resample(waveforms[start : start + 64], answer["rate"])
+    ]
 
 
 def _resample(waveforms: Sequence[Int16[np.ndarray, " _"]], rate: int) -> list[Int16[np.ndarray, " _"]]:
@@ -80,40 +84,3 @@ def _resample(waveforms: Sequence[Int16[np.ndarray, " _"]], rate: int) -> list[I
         row[: -(-len(waveform) * SAMPLE_RATE // rate)].copy()
         for row, waveform in zip(resampled, waveforms, strict=True)
     ]
-
-
-@functools.cache
-def _library() -> tuple[ctypes.CDLL, int, list[np.ndarray], Any]:
-    """The initialised library, its sample rate, its callback's list, and the callback itself, to be kept alive."""
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        raise ImportError("speech is synthesised by eSpeak NG: pip install 'gramjax[media]'") from error
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
-    library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
-    library.espeak_SetParameter.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    library.espeak_Synth.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-        ctypes.c_uint,
-        ctypes.c_int,
-        ctypes.c_uint,
-        ctypes.c_uint,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-    ]
-    data = espeakng_loader.get_data_path().encode()
-    rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, _INITIALIZE_DONT_EXIT)
-    if rate <= 0:
-        raise SynthesisError(f"eSpeak NG did not start (status {rate})")
-    chunks: list[np.ndarray] = []
-
-    @_CALLBACK
-    def receive(samples, count, events):
-        if samples and count > 0:
-            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    library.espeak_SetSynthCallback(receive)
-    return library, rate, chunks, receive

@@ -1,0 +1,236 @@
+"""Batches: what they hold, that they repeat exactly, and that processes share them out exactly."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from gramjax.data import audio, augment, emoji, pipeline, tokenizer
+
+DEFAULT = ("english", "twitter", "speech")
+
+
+def take(loader, count):
+    return list(itertools.islice(iter(loader), count))
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if isinstance(value, dict):
+            assert_equal(value, second[name])
+        else:
+            np.testing.assert_array_equal(value, second[name])
+
+
+def training(source, modalities=DEFAULT, batch_size=64, seed=3, **options):
+    return pipeline.make_loader(source, modalities=modalities, batch_size=batch_size, seed=seed, train=True, **options)
+
+
+def evaluation(source, modalities=DEFAULT, batch_size=64, **options):
+    return pipeline.make_loader(source, modalities=modalities, batch_size=batch_size, seed=0, train=False, **options)
+
+
+@pytest.fixture(scope="module")
+def small(splits):
+    return splits["validation"]
+
+
+@pytest.mark.parametrize("build", [training, evaluation])
+def test_shapes(small, build):
+    batch = take(build(small, pipeline.MODALITIES), 1)[0]
+    valid = {"valid"} if build is evaluation else set()
+    assert set(batch) == {*pipeline.MODALITIES, "label", "index"} | valid
+    for artist in emoji.PICTURES:
+        assert batch[artist].shape == (64, 32, 32, 3)
+        assert batch[artist].dtype == np.float32
+    for language in emoji.LANGUAGES:
+        ids, mask = batch[language]["ids"], batch[language]["mask"]
+        assert ids.shape == mask.shape == (64, pipeline.TEXT_LENGTH)
+        assert (ids.dtype, mask.dtype) == (np.int32, np.bool_)
+        assert (ids[:, 0] == tokenizer.CLS).all()
+        assert (np.where(mask, ids, tokenizer.SEP)[np.arange(64), mask.sum(axis=1) - 1] == tokenizer.SEP).all()
+        np.testing.assert_array_equal(mask, ids != tokenizer.PAD)
+    assert batch["speech"].shape == (64, pipeline.SPEECH_FRAMES, 64)
+    assert batch["speech"].dtype == np.float32
+    assert pipeline.SPEECH_FRAMES % 16 == 0
+    assert batch["label"].dtype == batch["index"].dtype == np.int32
+
+
+def test_pictures_are_about_standardized(splits):
+    loader = evaluation(splits["train"], emoji.PICTURES, 1090)
+    (batch,) = take(loader, 1)
+    values = np.stack([batch[artist] for artist in emoji.PICTURES])
+    assert abs(values.mean()) < 0.05
+    assert abs(values.std() - 1) < 0.1
+
+
+def test_evaluation_is_in_order_once_and_padded(small):
+    batches = take(evaluation(small, batch_size=50), 10)
+    assert len(batches) == 4
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    index = np.concatenate([batch["index"] for batch in batches])
+    assert valid.sum() == len(small)
+    assert valid[: len(small)].all()
+    np.testing.assert_array_equal(index[valid], [small[i]["index"] for i in range(len(small))])
+    np.testing.assert_array_equal(index[len(small) :], index[: 200 - len(small)])
+    # A batch larger than the split is filled by going round.
+    (batch,) = take(evaluation(small, ("chinese",), 400), 2)
+    assert batch["valid"].sum() == len(small)
+
+
+def test_evaluation_texts_are_the_name_then_the_keywords(small):
+    encoder = tokenizer.load_tokenizer()
+    (batch,) = take(evaluation(small, emoji.LANGUAGES, 161), 1)
+    for row in range(0, 161, 10):
+        for language in emoji.LANGUAGES:
+            words = small[row][language]
+            text = ", ".join([" ".join(phrase.split()) for phrase in [words["name"], *words["keywords"]]])
+            expected = encoder.encode(text).ids
+            if len(expected) > pipeline.TEXT_LENGTH:
+                expected = [*expected[: pipeline.TEXT_LENGTH - 1], tokenizer.SEP]
+            ids = batch[language]["ids"][row]
+            assert ids[ids != 0].tolist() == expected
+
+
+@pytest.mark.parametrize(("split", "voice"), [("validation", emoji.VALIDATION_VOICE), ("test", emoji.TEST_VOICE)])
+def test_evaluation_speech_is_a_voice_never_heard_in_training(splits, split, voice):
+    assert voice not in emoji.TRAIN_VOICES
+    source = splits[split]
+    (batch,) = take(evaluation(source, ("speech",), 8), 1)
+    for row in range(8):
+        fbank = audio.normalize_fbank(audio.kaldi_fbank(source[row]["speech"][voice]))
+        np.testing.assert_allclose(batch["speech"][row, : len(fbank)], fbank, atol=1e-3)
+        assert not batch["speech"][row, len(fbank) :].any()
+
+
+def test_training_speech_is_the_training_voices_alone(splits, monkeypatch):
+    """With noise, gain and masks off, every utterance is one of the training voices', late by at most 16 frames."""
+    monkeypatch.setattr(augment, "degrade_speech", lambda energies, length, noise, uniform: energies)
+    monkeypatch.setattr(augment, "mask_spectrum", lambda fbank, length, uniform: fbank)
+    source = splits["validation"]
+    rows = {source[i]["index"]: i for i in range(len(source))}
+    heard = set()
+    for batch in take(training(source, ("speech",), 32), 2):
+        for index, spectrum in zip(batch["index"], batch["speech"], strict=True):
+            spoken = source[rows[int(index)]]["speech"]
+            sounding = np.flatnonzero(spectrum.any(axis=1))
+            start, stop = sounding[0], sounding[-1] + 1
+            assert start <= pipeline.LATEST_START
+            matches = []
+            for voice in emoji.VOICES:
+                fbank = audio.normalize_fbank(audio.kaldi_fbank(spoken[voice]))
+                if len(fbank) == stop - start and np.abs(fbank - spectrum[start:stop]).max() < 1e-2:
+                    matches.append(voice)
+            assert len(matches) == 1
+            heard.update(matches)
+    assert heard == set(emoji.TRAIN_VOICES)
+
+
+def test_training_goes_through_the_split_every_epoch(small):
+    batches = take(training(small, ("english",), 32, num_epochs=2), 20)
+    assert len(batches) == 2 * (161 // 32)
+    epochs = [np.concatenate([batch["index"] for batch in half]) for half in (batches[:5], batches[5:])]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 160
+    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], np.sort(epochs[0]))
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_does_not(small):
+    first, again, other = (take(training(small, seed=seed), 3) for seed in (1, 1, 2))
+    for one, two in zip(first, again, strict=True):
+        assert_equal(one, two)
+    assert not np.array_equal(first[0]["index"], other[0]["index"])
+
+
+def test_every_epoch_is_augmented_anew(small):
+    epochs = take(training(small, batch_size=161), 2)
+    sorted_epochs = [np.argsort(batch["index"]) for batch in epochs]
+    for name in ("twitter", "speech"):
+        one, two = (batch[name][order] for batch, order in zip(epochs, sorted_epochs, strict=True))
+        assert (np.abs(one - two).max(axis=tuple(range(1, one.ndim))) > 0).all()
+    one, two = (batch["english"]["ids"][order] for batch, order in zip(epochs, sorted_epochs, strict=True))
+    assert (one != two).any(axis=1).mean() > 0.8
+
+
+@pytest.mark.parametrize("build", [training, evaluation])
+def test_it_continues_exactly_where_it_stopped(small, build):
+    loader = build(small, batch_size=32)
+    whole = take(loader, 5)
+    for stop in (0, 1, 3):
+        iterator = iter(loader)
+        for _ in range(stop):
+            next(iterator)
+        state = iterator.get_state()
+        resumed = iter(build(small, batch_size=32))
+        resumed.set_state(state)
+        for expected in whole[stop:]:
+            assert_equal(next(resumed), expected)
+        # And the one that went on is not disturbed.
+        assert_equal(next(iterator), whole[stop])
+
+
+@pytest.mark.parametrize("build", [training, evaluation])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_a_batch_out_exactly(small, build, processes):
+    whole = take(build(small, batch_size=32), 3)
+    parts = [
+        take(build(small, batch_size=32, process_index=index, process_count=processes), 3) for index in range(processes)
+    ]
+    for number, batch in enumerate(whole):
+        shares = [part[number] for part in parts]
+        for name, value in batch.items():
+            if isinstance(value, dict):
+                for key in value:
+                    np.testing.assert_array_equal(np.concatenate([share[name][key] for share in shares]), value[key])
+            else:
+                np.testing.assert_allclose(np.concatenate([share[name] for share in shares]), value, atol=1e-5)
+
+
+def test_a_modality_does_not_depend_on_the_others_named(small):
+    for build in (training, evaluation):
+        (together,), (alone,) = take(build(small), 1), take(build(small, ("speech",)), 1)
+        np.testing.assert_array_equal(together["speech"], alone["speech"])
+
+
+def test_pictures_that_may_not_flip_are_not_flipped(small, monkeypatch):
+    """The pipeline hands the right pictures the right permission."""
+    seen = []
+    monkeypatch.setattr(augment, "affine_ink", lambda ink, flip, uniform: seen.append(flip) or ink)
+    flips = {small[i]["index"]: small[i]["flip"] for i in range(len(small))}
+    (batch,) = take(training(small, ("google",), 161), 1)
+    # The background thread may be a batch ahead: the first call is the first batch's.
+    assert seen[0].tolist() == [flips[int(index)] for index in batch["index"]]
+    assert 0 < seen[0].mean() < 1
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(small):
+    alone = take(training(small, batch_size=32), 5)
+    with_workers = take(training(small, batch_size=32, workers=2), 5)
+    for one, two in zip(alone, with_workers, strict=True):
+        assert_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modalities": ("english", "smell")}, r"modalities must be .* got \('english', 'smell'\)"),
+        ({"modalities": ()}, "at least one"),
+        ({"modalities": ("english", "english")}, "different"),
+        ({"modalities": "english"}, "string 'english'"),
+        ({"batch_size": 10, "process_count": 4}, "multiple of process_count 4, got 10"),
+        ({"batch_size": 0}, "got 0"),
+        ({"batch_size": 200}, "161 pictographs of the split, got 200"),
+        ({"process_index": 2, "process_count": 2}, "got 2 of 2"),
+        ({"seed": -1}, "seed .* got -1"),
+        ({"num_epochs": 0}, "num_epochs .* got 0"),
+        ({"train": False, "num_epochs": 2}, "in evaluation, got 2"),
+        ({"workers": -1}, "workers .* got -1"),
+    ],
+)
+def test_bad_arguments(small, options, message):
+    arguments = {"modalities": DEFAULT, "batch_size": 32, "seed": 0, "train": True} | options
+    with pytest.raises(ValueError, match=message):
+        pipeline.make_loader(small, **arguments)
