@@ -21,8 +21,8 @@ def affine_ink(
     *,
     shift: float = 3.0,
     zoom: float = 0.15,
-    colour: float = 0.15,
-    saturation: float = 0.4,
+    colour: float = 0.1,
+    saturation: float = 0.3,
 ) -> Float32[np.ndarray, "batch height width channel"]:
     """Shifts, zooms, mirrors and tints pictures given as ink (1 - intensity, so that white is 0).
 
@@ -57,12 +57,15 @@ def _resampling(
     flip: Bool[np.ndarray, " batch"],
 ) -> Float32[np.ndarray, "batch {size} {size}"]:
     """Matrices that scale a line about its middle and then shift it, antialiased; the outside counts as 0."""
-    centres = np.arange(size, dtype=np.float32) + 0.5
-    source = (centres - size / 2 - shift[:, None]) / scale[:, None] + size / 2
+    # The line goes on as far again on both sides, so that every row is normalised before the outside is cut off.
+    centres = np.arange(-size, 2 * size, dtype=np.float32) + 0.5
+    target = centres[size : 2 * size]
+    source = (target - size / 2 - shift[:, None]) / scale[:, None] + size / 2
     source = np.where(flip[:, None], size - source, source)
     reach = np.maximum(1.0, 1.0 / scale)[:, None, None]
-    distance = np.abs(source[:, :, None] - centres) / reach
-    return (np.maximum(0.0, 1.0 - distance) / reach).astype(np.float32)
+    weight = np.maximum(0.0, 1.0 - np.abs(source[:, :, None] - centres) / reach)
+    weight /= np.maximum(weight.sum(axis=2, keepdims=True), 1e-6)
+    return weight[:, :, size : 2 * size].astype(np.float32)
 
 
 def degrade_speech(

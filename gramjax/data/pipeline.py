@@ -81,9 +81,10 @@ def make_loader(
     """
     _check(source, modalities, batch_size, seed, train, num_epochs, process_index, process_count, workers)
     rows = batch_size // process_count
+    decoded = _decoded(source, (*modalities, "common"), train)
     build = _BatchBuilder(
-        decoded={name: _decoded(source, name, train) for name in modalities},
-        common=_decoded(source, "common", False),
+        common=decoded.pop("common"),
+        decoded=decoded,
         rows=slice(process_index * rows, (process_index + 1) * rows),
     )
     if train:
@@ -249,17 +250,18 @@ class _Speech:
 _CACHE: weakref.WeakKeyDictionary[emoji.EmojiSplit, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def _decoded(source: emoji.EmojiSplit, name: str, train: bool) -> Any:
-    """One modality of a whole split in memory, decoded once for as long as `source` lives."""
-    voices = ()
-    if name == "speech":
-        evaluated = emoji.TEST_VOICE if source.name == "test" else emoji.VALIDATION_VOICE
-        voices = emoji.TRAIN_VOICES if train else (evaluated,)
+def _decoded(source: emoji.EmojiSplit, names: Sequence[str], train: bool) -> dict[str, Any]:
+    """Modalities of a whole split in memory, each decoded once for as long as `source` lives."""
+    evaluated = emoji.TEST_VOICE if source.name == "test" else emoji.VALIDATION_VOICE
+    voices = emoji.TRAIN_VOICES if train else (evaluated,)
+    keys = {name: (name, voices if name == "speech" else ()) for name in names}
     cache = _CACHE.setdefault(source, {})
-    if (name, voices) not in cache:
-        examples = cache.setdefault("examples", [source[position] for position in range(len(source))])
-        cache[name, voices] = _decode(examples, name, voices)
-    return cache[name, voices]
+    missing = {name: key for name, key in keys.items() if key not in cache}
+    if missing:
+        examples = [source[position] for position in range(len(source))]
+        for name, key in missing.items():
+            cache[key] = _decode(examples, name, voices)
+    return {name: cache[key] for name, key in keys.items()}
 
 
 def _decode(examples: Sequence[Mapping[str, Any]], name: str, voices: Sequence[str]) -> Any:

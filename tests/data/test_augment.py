@@ -37,6 +37,14 @@ def test_no_draw_mirrors_what_may_not_flip():
     assert 0.35 < mirrored.mean() < 0.65
 
 
+@pytest.mark.parametrize("zoom", [0.0, 0.3, 0.8, 1.0])
+def test_zooming_keeps_an_even_area_even(zoom):
+    uniform = MIDDLE[:1].copy()
+    uniform[:, 2] = zoom
+    ink = np.full((1, 32, 32, 3), 0.5, np.float32)
+    np.testing.assert_allclose(augment.affine_ink(ink, np.zeros(1, bool), uniform)[0, 6:-6, 6:-6], 0.5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("column", "axis"), [(0, 0), (1, 1)])
 def test_a_shift_moves_the_ink(column, axis):
     ink = np.zeros((1, 32, 32, 3), np.float32)
