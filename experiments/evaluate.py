@@ -164,7 +164,8 @@ def evaluate_run(run_dir: str | Path, *, checkpoint: Literal["best", "latest"] =
     run_dir = Path(run_dir)
     config, model, _ = runs.load_run(run_dir, checkpoint=checkpoint)
     test = runs.embed_split(config, model, "test")
-    embeddings = test["embeddings"]
+    # jit returns dictionaries in alphabetical order; the run's own is the one its reader knows.
+    embeddings = {name: test["embeddings"][name] for name in config.modalities}
     results = {
         "run": run_dir.name,
         "checkpoint": checkpoint,
@@ -176,7 +177,7 @@ def evaluate_run(run_dir: str | Path, *, checkpoint: Literal["best", "latest"] =
         "config": dataclasses.asdict(config),
         **measure(embeddings, baseline.test_ranks(config.data_dir, list(embeddings))),
     }
-    drawn = report.draw(run_dir, test, results, emoji.load_split(config.data_dir, "test"))
+    drawn = report.draw(run_dir, embeddings, test["label"], results, emoji.load_split(config.data_dir, "test"))
     (run_dir / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
     (run_dir / "results.md").write_text(report.markdown(results, drawn), encoding="utf-8")
     print(report.tables(results))

@@ -88,7 +88,7 @@ def retrieval_gallery(
     """
     columns = max(len(row.found) for rows in sections.values() for row in rows)
     query_width, heading, cell = 2.3, 0.36, 0.85
-    width = query_width + columns + 1.5
+    width = query_width + columns + 1.65
     height = sum(heading + cell * len(rows) for rows in sections.values())
     with mpl.rc_context(STYLE):
         figure = _figure(width * 0.93, (height + 0.95) * 0.93)
@@ -101,7 +101,7 @@ def retrieval_gallery(
             axes.plot([0.12, width - 0.12], [top + 0.03] * 2, color="#DDDDDD", linewidth=0.8)
             axes.text(0.12, top + heading * 0.6, name, fontsize=9.5, fontweight="bold", va="center", color=RIGHT)
             axes.text(query_width, top + heading * 0.6, "best first", fontsize=7.5, va="center", color=FAINT)
-            axes.text(width - 1.3, top + heading * 0.6, "right answer", fontsize=7.5, va="center", color=FAINT)
+            axes.text(width - 1.42, top + heading * 0.6, "right answer", fontsize=7.5, va="center", color=FAINT)
             top += heading
             for row in rows:
                 _gallery_row(axes, row, top, query_width, columns)
@@ -122,32 +122,28 @@ def training_curves(records: Sequence[Mapping[str, float]], path: pathlib.Path) 
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(value)
-    panels: dict[str, list[str]] = {}
-    for name, (steps, _) in series.items():
-        if len(steps) > 1:
-            panels.setdefault(_panel(name), []).append(name)
+    panels = _panels(series)
     if not panels:
         raise ValueError("records: no quantity was written at two steps, there is no curve to draw")
 
     with mpl.rc_context(STYLE):
         columns = len(panels) if len(panels) < 3 else 2 if len(panels) == 4 else 3
         rows = -(-len(panels) // columns)
-        figure = _figure(8.0 if columns > 1 else 5.0, 2.5 * rows, layout="constrained")
-        for axes, (panel, names) in zip(np.ravel(figure.subplots(rows, columns, squeeze=False)), panels.items()):
-            for number, name in enumerate(names):
-                steps, values = series[name]
+        figure = _figure(8.0 if columns > 1 else 5.0, 2.9 * rows, layout="constrained")
+        for axes, (panel, curves) in zip(np.ravel(figure.subplots(rows, columns, squeeze=False)), panels.items()):
+            for number, (label, (steps, values)) in enumerate(curves.items()):
                 colour, style = PALETTE[number % len(PALETTE)], LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)]
                 faint = len(values) > 60
                 axes.plot(steps, values, color=colour, linewidth=1, linestyle=style, alpha=0.25 if faint else 1)
                 if faint:
                     axes.plot(*_smoothed(steps, values), color=colour, linewidth=1.4, linestyle=style)
-                axes.plot([], [], color=colour, linestyle=style, label=name.rsplit("/", 1)[-1].replace("_", " "))
+                axes.plot([], [], color=colour, linestyle=style, label=label)
             axes.set_title(panel.replace("_", " "))
             axes.set_xlabel("step")
             axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
             axes.set_axisbelow(True)
-            if len(names) > 1 or names[0].rsplit("/", 1)[-1] != panel:
-                axes.legend(fontsize=7, ncols=1 if len(names) <= 6 else 2)
+            if list(curves) != [panel.replace("_", " ")]:
+                axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.24), ncols=1 + (len(curves) > 3))
         for axes in figure.axes[len(panels) :]:
             axes.axis("off")
         return _save(figure, path)
@@ -194,30 +190,31 @@ def embedding_map(
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_title(f"{len(points)} test items; lines join the modalities of {len(items)} of them, evenly spaced")
         modality = [
-            Line2D([], [], color=FAINT, marker=marker, linestyle="", label=name)
+            Line2D([], [], color=INK, markerfacecolor="white", marker=marker, linestyle="", label=name)
             for marker, name in zip(MARKERS, embeddings)
         ]
         category = [
             Line2D([], [], color=colour, marker="o", linestyle="", label=name)
             for colour, name in zip(PALETTE, categories)
         ]
-        figure.legend(handles=[*modality, *category], loc="outside right center", fontsize=8, handletextpad=0.2)
+        blank = Line2D([], [], linestyle="", label=" ")
+        figure.legend(handles=[*modality, blank, *category], loc="outside right center", fontsize=8, handletextpad=0.2)
         return _save(figure, path)
 
 
 def recall_heatmap(recall: np.ndarray, names: Sequence[str], path: pathlib.Path, *, title: str) -> pathlib.Path:
-    """Any-to-any recall: rows ask, columns answer. `recall` is `[k, k]` in [0, 1], NaN where nothing is asked."""
+    """Any-to-any recall in per cent: rows ask, columns answer. `recall` is `[k, k]` in [0, 1], NaN where none."""
     with mpl.rc_context(STYLE):
         side = 1.6 + 0.85 * len(names)
         figure = _figure(side + 0.9, side, layout="constrained")
         axes = figure.subplots()
         shades = mpl.colormaps["cividis"].with_extremes(bad="#F2F2F2")
-        highest = max(float(np.nanmax(recall)), 1e-3)
-        image = axes.imshow(np.ma.masked_invalid(recall), cmap=shades, vmin=0, vmax=highest)
-        for (row, column), value in np.ndenumerate(recall):
+        highest = max(100 * float(np.nanmax(recall)), 5.0)
+        image = axes.imshow(100 * np.ma.masked_invalid(recall), cmap=shades, vmin=0, vmax=highest)
+        for (row, column), value in np.ndenumerate(100 * recall):
             if np.isfinite(value):
                 ink = "white" if value < 0.55 * highest else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=11)
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=11)
         axes.set_xticks(range(len(names)), names, rotation=35 if len(names) > 4 else 0)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="answer", ylabel="query")
@@ -289,8 +286,23 @@ def _envelope(waveform: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array([part.min() for part in parts]), np.array([part.max() for part in parts])
 
 
-def _panel(name: str) -> str:
-    return name.rsplit("/", 1)[0] if "/" in name else name
+Curve = tuple[list[float], list[float]]
+
+
+def _panels(series: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
+    """Panel to label to curve, losses and validation first; curves that coincide share a label."""
+    panels: dict[str, dict[str, Curve]] = {}
+    for name, curve in series.items():
+        if len(curve[0]) > 1:
+            panel, _, label = name.rpartition("/")
+            curves = panels.setdefault(panel or name, {})
+            label = label.replace("_", " ")
+            if same := next((known for known, other in curves.items() if other == curve), None):
+                curves[f"{same} = {label}"] = curves.pop(same)
+            else:
+                curves[label] = curve
+    first = [panel for panel in panels if "loss" in panel] + [panel for panel in panels if "validation" in panel]
+    return {panel: panels[panel] for panel in [*first, *(panel for panel in panels if panel not in first)]}
 
 
 def _smoothed(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

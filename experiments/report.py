@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import figures, runs
+from experiments import figures
 from experiments.baseline import CUTOFFS, TOWERS
 from gramjax import metrics, scores
 from gramjax.data import emoji
@@ -41,8 +41,9 @@ def tables(results: Mapping[str, Any]) -> str:
     chance = ", ".join(f"{100 * k / count:.1f}% at {k}" for k in CUTOFFS)
     return f"""## One modality asks, one answers
 
-Cosine. Recall in per cent of {count} queries (chance: {chance}); ties count against. The baseline is linear CCA on
-classical features; margins are model less baseline over the same queries, with 95% bootstrap intervals.
+Cosine. Recall in per cent of {count} queries (chance: {chance}); ties count
+against. The baseline is linear CCA on classical features; margins are model less baseline over the same queries, with
+95% bootstrap intervals.
 
 {pair_table(results)}
 
@@ -97,19 +98,22 @@ def alignment_table(results: Mapping[str, Any]) -> str:
         *([f"modality gap, {pair}", f"{value:.3f}"] for pair, value in measured["modality_gap"].items()),
         *([f"uniformity, {name}", f"{value:.2f}"] for name, value in measured["uniformity"].items()),
     ]
-    return _table(["", "mean over test items"], rows)
+    return _table(["", "test items"], rows)
 
 
-def draw(run_dir: Path, test: runs.Embedded, results: Mapping[str, Any], source: Any) -> list[Path]:
+def draw(
+    run_dir: Path, embeddings: Mapping[str, np.ndarray], labels: np.ndarray, results: Mapping[str, Any], source: Any
+) -> list[Path]:
     """Writes the run's pictures; training curves only where the run has kept its metrics.
 
     Args:
       run_dir: where.
-      test: the embedded test split.
+      embeddings: modality to `[N, dim]`, of the test split.
+      labels: `[N]`, the items' categories.
       results: `evaluate.measure`'s, and "test_items".
       source: the test split's raw features, in the same order.
     """
-    embeddings, count = test["embeddings"], results["test_items"]
+    count = results["test_items"]
     names = list(embeddings)
     recall = np.full((len(names), len(names)), np.nan)
     for pair in results["pairs"]:
@@ -119,10 +123,13 @@ def draw(run_dir: Path, test: runs.Embedded, results: Mapping[str, Any], source:
             gallery(embeddings, source),
             run_dir / "gallery.png",
             title=f"Retrieval among {count} pictographs never seen in training",
-            caption="Queries are evenly spaced through the test split, not picked by hand. Framed: the right item.",
+            caption="Queries are evenly spaced through the test split, not picked by hand. "
+            "Every item is shown by its picture, whatever was searched. Framed: the right one.",
         ),
-        figures.recall_heatmap(recall, names, run_dir / "recall.png", title=f"Recall@1, {count} test items"),
-        figures.embedding_map(embeddings, test["label"], emoji.CATEGORIES, run_dir / "embeddings.png"),
+        figures.recall_heatmap(
+            recall, names, run_dir / "recall.png", title=f"Recall@1 in per cent, {count} test items"
+        ),
+        figures.embedding_map(embeddings, labels, emoji.CATEGORIES, run_dir / "embeddings.png"),
     ]
     log = run_dir / "metrics.jsonl"
     if log.exists():

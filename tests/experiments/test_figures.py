@@ -65,6 +65,15 @@ def test_training_curves_have_a_panel_for_each_group(tmp_path):
     assert has_colour(picture, figures.PALETTE[1], 0.1) > 100
 
 
+def test_curves_that_coincide_are_drawn_once(tmp_path):
+    once = [{"step": step, "loss": 2.0 - step} for step in range(3)]
+    twice = [record | {"loss/gram": record["loss"]} for record in once]
+    other = [record | {"loss/gram": record["loss"] / 2} for record in once]
+    drawn = [read(figures.training_curves(records, tmp_path / "curves.png")) for records in (twice, other)]
+    assert has_colour(drawn[0], figures.PALETTE[1], 0.1) == 0
+    assert has_colour(drawn[1], figures.PALETTE[1], 0.1) > 100
+
+
 def test_training_curves_of_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two steps"):
         figures.training_curves([{"step": 1, "loss": 2.0}], tmp_path / "curves.png")
