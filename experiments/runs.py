@@ -63,7 +63,6 @@ def embed_split(
 
 def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, optax.GradientTransformation]:
     """Graph definition, state at step 0 and optimizer of a run."""
-    model = GramModel(gram_config(config), rngs=nnx.Rngs(config.seed), dtype=config.dtype)
     optimizer = adamw(
         learning_rate_schedule(config),
         weight_decay=config.optimizer.weight_decay,
@@ -72,7 +71,13 @@ def build(config: TrainConfig) -> tuple[nnx.GraphDef, TrainState, optax.Gradient
         eps=config.optimizer.eps,
         max_grad_norm=config.optimizer.max_grad_norm,
     )
-    graphdef, state = create_train_state(model, objective.parameters(config.objective), optimizer, seed=config.seed)
+
+    @jax.jit  # one compilation instead of one for every shape of parameter
+    def start() -> tuple[nnx.GraphDef, TrainState]:
+        model = GramModel(gram_config(config), rngs=nnx.Rngs(config.seed), dtype=config.dtype)
+        return create_train_state(model, objective.parameters(config.objective), optimizer, seed=config.seed)
+
+    graphdef, state = start()
     return graphdef, state, optimizer
 
 

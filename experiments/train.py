@@ -19,7 +19,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments import objective, runs, validation
-from experiments.config import TOWER_OF, TrainConfig
+from experiments.config import TOWER_OF, ConfigError, TrainConfig
 from gramjax.data import emoji, pipeline, tokenizer
 from gramjax.models import to_json
 from gramjax.training import (
@@ -45,26 +45,26 @@ def train(config: TrainConfig) -> bool:
         False if a signal stopped it before the end; the checkpoint to go on from is then saved.
 
     Raises:
-        ValueError: the batch does not divide over the devices, the tokenizer has more entries than the text tower, or
+        ConfigError: the batch does not divide over the devices, the tokenizer has more entries than the text tower, or
             the directory holds a run of another configuration.
     """
     mesh = data_mesh()
     check_sizes(config, mesh.size)
-    graphdef, state, optimizer = runs.build(config)
-    state = replicate(state, mesh)
-    train_step = make_train_step(graphdef, optimizer, make_loss(config))
-    validate = make_validation(config, graphdef)
-    schedule = runs.learning_rate_schedule(config)
-    iterator = iter(training_loader(config))
-
-    with GracefulStop() as stop, runs.open_checkpoints(config.run_dir) as checkpoints:
+    with runs.open_checkpoints(config.run_dir) as checkpoints:
         claim_run_dir(config, started=checkpoints.latest_step is not None)
+        graphdef, state, optimizer = runs.build(config)
+        state = replicate(state, mesh)
+        iterator = iter(training_loader(config))
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state, iterator=iterator)
         first = int(state.step)
         print(f"{config.run_dir}: step {first} of {config.steps}, devices: {mesh.size}", flush=True)
+
+        train_step = make_train_step(graphdef, optimizer, make_loss(config))
+        validate = make_validation(config, graphdef)
+        schedule = runs.learning_rate_schedule(config)
         began = time.monotonic()
-        with MetricWriter(config.run_dir, resume_step=first) as writer:
+        with GracefulStop() as stop, MetricWriter(config.run_dir, resume_step=first) as writer:
             # disable=None: no bar where there is no terminal.
             bar = tqdm(range(first + 1, config.steps + 1), initial=first, total=config.steps, disable=None)
             for step in bar:
@@ -85,9 +85,7 @@ def train(config: TrainConfig) -> bool:
                 if stop.requested:
                     break
     if stop.requested:
-        print(
-            f"{stop.requested}: saved step {int(state.step)} in {config.run_dir}; the same command goes on from there."
-        )
+        print(f"{stop.requested}: saved step {step} in {config.run_dir}; the same command goes on from there.")
         return False
     print(f"{config.run_dir}: {config.steps - first} steps in {time.monotonic() - began:.0f} s")
     return True
@@ -137,22 +135,22 @@ def training_loader(config: TrainConfig):
 
 
 def check_sizes(config: TrainConfig, device_count: int) -> None:
-    """Raise ValueError if the batch does not divide over the devices or the text tower is too small."""
+    """Raise ConfigError if the batch does not divide over the devices or the text tower is too small."""
     if config.batch_size % device_count:
-        raise ValueError(f"batch_size must divide over {device_count} devices, got {config.batch_size}")
+        raise ConfigError(f"batch_size must divide over {device_count} devices, got {config.batch_size}")
     words = tokenizer.load_tokenizer().get_vocab_size()
     if "text" in {TOWER_OF[modality] for modality in config.modalities} and config.text.vocab_size < words:
-        raise ValueError(f"text.vocab_size must be at least the tokenizer's {words}, got {config.text.vocab_size}")
+        raise ConfigError(f"text.vocab_size must be at least the tokenizer's {words}, got {config.text.vocab_size}")
 
 
 def claim_run_dir(config: TrainConfig, *, started: bool) -> None:
-    """Write config.json; raise ValueError if the directory holds a started run of another configuration."""
+    """Write config.json; raise ConfigError if the directory holds a started run of another configuration."""
     path = Path(config.run_dir) / "config.json"
     ours = to_json(config)
     if started:
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if differences := list(_differences(theirs, ours)):
-            raise ValueError(
+            raise ConfigError(
                 f"run_dir {config.run_dir} holds a run of another configuration; choose another --run-dir, "
                 "or give the options it was started with. It differs in:\n  " + "\n  ".join(differences)
             )
@@ -175,7 +173,7 @@ def main() -> None:
     config = tyro.cli(TrainConfig, description=__doc__)
     try:
         finished = train(config)
-    except ValueError as error:
+    except ConfigError as error:
         sys.exit(f"error: {error}")
     if finished and config.evaluate:
         from experiments import evaluate  # brings matplotlib, which training does without

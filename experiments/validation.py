@@ -1,5 +1,6 @@
 """Retrieval recall on the validation split, measured during training."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 
@@ -25,31 +26,31 @@ def recalls(embeddings: Mapping[str, np.ndarray], *, anchor: str, select_by: str
         "validation/leading_direction": anchor against the others; "validation/recall_at_1": of the pairs, recall@1
         alone; "validation/alignment": 1 - volume of all modalities; "validation/recall": the one `select_by` names.
     """
-    vectors = {name: jnp.asarray(value) for name, value in embeddings.items()}
-    pairs = [
-        _ranks(scores.cosine_scores(vectors[a], vectors[b][:, None]), scores.Cosine())
-        for a, b in itertools.combinations(vectors, 2)
-    ]
-    queries = vectors[anchor]
-    gallery = jnp.stack([value for name, value in vectors.items() if name != anchor], axis=1)
-    results = {
-        "pairs": _mean_recall(np.concatenate(pairs)),
-        "volume": _mean_recall(_ranks(scores.volume_scores(queries, gallery), scores.Volume())),
-        "residual": _mean_recall(_ranks(scores.residual_scores(queries, gallery), scores.Residual())),
-        "leading_direction": _mean_recall(
-            _ranks(scores.leading_direction_scores(queries, gallery), scores.LeadingDirection())
-        ),
-        "recall_at_1": float(np.mean(np.concatenate(pairs) < 1)),
-        "alignment": float(metrics.gram_alignment(jnp.stack(list(vectors.values()), axis=1))),
-    }
+    ranks, alignment = _measure({name: jnp.asarray(value) for name, value in embeddings.items()}, anchor)
+    results = {name: float(np.mean([np.mean(values < k) for k in RANKS])) for name, values in ranks.items()}
+    results |= {"recall_at_1": float(np.mean(ranks["pairs"] < 1)), "alignment": float(alignment)}
     return {f"validation/{name}": value for name, value in {"recall": results[select_by], **results}.items()}
 
 
-def _ranks(table: jax.Array, score: scores.Score) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames="anchor")
+def _measure(embeddings: dict[str, jax.Array], anchor: str) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Ranks of all right answers by every way to retrieve, and the alignment."""
+    queries = embeddings[anchor]
+    gallery = jnp.stack([value for name, value in embeddings.items() if name != anchor], axis=1)
+    pairs = [
+        _ranks(scores.cosine_scores(embeddings[a], embeddings[b][:, None]), scores.Cosine())
+        for a, b in itertools.combinations(embeddings, 2)
+    ]
+    ranks = {
+        "pairs": jnp.concatenate(pairs),
+        "volume": _ranks(scores.volume_scores(queries, gallery), scores.Volume()),
+        "residual": _ranks(scores.residual_scores(queries, gallery), scores.Residual()),
+        "leading_direction": _ranks(scores.leading_direction_scores(queries, gallery), scores.LeadingDirection()),
+    }
+    return ranks, metrics.gram_alignment(jnp.stack(list(embeddings.values()), axis=1))
+
+
+def _ranks(table: jax.Array, score: scores.Score) -> jax.Array:
     """Ranks of the right answers, rows retrieving columns and columns retrieving rows."""
-    both = [metrics.retrieval_ranks(x, higher_is_better=score.higher_is_better) for x in (table, table.T)]
-    return np.concatenate([np.asarray(ranks) for ranks in both])
-
-
-def _mean_recall(ranks: np.ndarray) -> float:
-    return float(np.mean([np.mean(ranks < k) for k in RANKS]))
+    better = score.higher_is_better
+    return jnp.concatenate([metrics.retrieval_ranks(one_way, higher_is_better=better) for one_way in (table, table.T)])

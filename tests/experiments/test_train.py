@@ -1,0 +1,301 @@
+"""The training script on a made-up data set: it learns, stops, goes on bit for bit, and refuses what cannot work."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import chex
+import grain
+import jax
+import numpy as np
+import pytest
+
+from experiments import objective, runs, train
+from experiments.config import PMRL, Contrastive, Objective, Optimizer, Sigmoid, TrainConfig
+from gramjax.checkpoints import restore
+from gramjax.data import emoji, pipeline
+from gramjax.encoders import BERTConfig, VisionConfig
+from gramjax.training import data_mesh
+
+ITEMS = {"train": range(64), "validation": range(64, 88), "test": range(88, 100)}
+CONFIG = TrainConfig(
+    modalities=("english", "twitter"),
+    steps=12,
+    batch_size=16,
+    seed=3,
+    optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2),
+    embed_dim=16,
+    vision=VisionConfig(image_size=8, patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=16, drop_path_rate=0.1),
+    text=BERTConfig(vocab_size=3000, max_length=8, width=16, depth=1, num_heads=2, mlp_dim=16),
+    log_every=1,
+    validate_every=4,
+    checkpoint_every=5,
+    evaluate=False,
+)
+
+
+def example(index, rng=None):
+    """A picture of two random patterns, named by two words; both numbers follow from the index."""
+    first, second = index % 10, index % 11
+    patterns = np.random.default_rng(0).normal(size=(2, 11, 8, 8, 3))
+    noise = 0 if rng is None else rng.normal(scale=0.3, size=(8, 8, 3))
+    ids = np.array([1, 10 + first, 30 + second, 2, 0, 0], np.int32)
+    return {
+        "twitter": (patterns[0, first] + patterns[1, second] + noise).astype(np.float32),
+        "english": {"ids": ids, "mask": ids != 0},
+        "label": np.int32(first),
+        "index": np.int32(index),
+    }
+
+
+class Augment(grain.transforms.RandomMap):
+    def random_map(self, index, rng):
+        return example(index, rng)
+
+
+def make_loader(source, *, modalities, batch_size, seed, train, process_index=0, process_count=1):
+    if train:
+        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).random_map(Augment())
+        return dataset.batch(batch_size, drop_remainder=True).to_iter_dataset()
+    batches = []
+    for start in range(0, len(source), batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), len(source) - 1)
+        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *[example(source[row]) for row in rows])
+        batches.append({**batch, "valid": np.arange(start, start + batch_size) < len(source)})
+    return batches
+
+
+def set_up(patch, devices=1):
+    patch.setattr(emoji, "load_split", lambda data_dir, split: ITEMS[split])
+    patch.setattr(pipeline, "make_loader", make_loader)
+    patch.setattr(train, "data_mesh", lambda: data_mesh(jax.devices()[:devices]))
+
+
+@pytest.fixture(autouse=True)
+def made_up_data_on_one_device(monkeypatch):
+    set_up(monkeypatch)
+
+
+def metrics_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def latest_arrays(run_dir, step=CONFIG.steps):
+    return restore(run_dir / "checkpoints" / str(step) / "state")
+
+
+def run(run_dir, **changes):
+    return train.train(dataclasses.replace(CONFIG, run_dir=run_dir, **changes))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        set_up(patch)
+        assert run(run_dir)
+    return run_dir
+
+
+def test_metrics_have_every_step_once(uninterrupted):
+    lines = metrics_of(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all({"loss", "loss/pairwise_infonce", "temperature/pairwise_infonce", "grad_norm"} <= set(x) for x in lines)
+    assert [line["step"] for line in lines if "validation/recall" in line] == [4, 8, 12]
+    assert lines[0]["learning_rate"] == 0
+    assert lines[2]["learning_rate"] == pytest.approx(3e-3)
+    rates = [line["learning_rate"] for line in lines[2:]]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_it_learns(tmp_path):
+    """Held-out combinations of patterns are found by their two words."""
+    assert run(tmp_path, steps=200, log_every=50, validate_every=200, optimizer=Optimizer(1e-2, warmup_steps=10))
+    recalls = [line["validation/recall_at_1"] for line in metrics_of(tmp_path) if "validation/recall" in line]
+    assert max(recalls) > 0.25  # chance: 1 / 24
+
+
+@pytest.mark.parametrize(("number", "stops"), [(signal.SIGTERM, (3, 8)), (signal.SIGINT, (5,))])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys, uninterrupted, number, stops):
+    write = train.MetricWriter.write
+    for stop in stops:
+
+        def interrupt(writer, step, numbers, stop=stop):
+            write(writer, step, numbers)
+            if step == stop:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(train.MetricWriter, "write", interrupt)
+        assert not run(tmp_path)
+        assert f"{number.name}: saved step {stop} in {tmp_path}; the same command" in capsys.readouterr().out
+    monkeypatch.setattr(train.MetricWriter, "write", write)
+    assert run(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    chex.assert_trees_all_equal(latest_arrays(tmp_path), latest_arrays(uninterrupted))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_run_that_dies_goes_on_from_its_last_checkpoint_bit_for_bit(tmp_path, monkeypatch, uninterrupted, step):
+    """Dies after writing its metrics and before saving; `test_train_killed.py` kills a process."""
+    write = train.MetricWriter.write
+
+    def die(writer, current, numbers):
+        write(writer, current, numbers)
+        if current == step:
+            raise Killed
+
+    monkeypatch.setattr(train.MetricWriter, "write", die)
+    with pytest.raises(Killed):
+        run(tmp_path)
+    monkeypatch.setattr(train.MetricWriter, "write", write)
+    assert run(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    chex.assert_trees_all_equal(latest_arrays(tmp_path), latest_arrays(uninterrupted))
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    assert run(uninterrupted)
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_number_of_devices_does_not_matter_nor_its_change(tmp_path, monkeypatch, uninterrupted):
+    """Six steps on four devices, the rest on two, against one."""
+    write = train.MetricWriter.write
+
+    def interrupt(writer, step, numbers):
+        write(writer, step, numbers)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        set_up(patch, devices=4)
+        patch.setattr(train.MetricWriter, "write", interrupt)
+        assert not run(tmp_path)
+    set_up(monkeypatch, devices=2)
+    assert run(tmp_path)
+    for ours, theirs in zip(metrics_of(tmp_path), metrics_of(uninterrupted), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_another_configuration_in_the_same_directory_is_refused(uninterrupted):
+    with pytest.raises(ValueError, match="holds a run of another configuration") as error:
+        run(uninterrupted, seed=4, optimizer=Optimizer(learning_rate=1e-3, warmup_steps=2))
+    assert str(error.value).splitlines()[1:] == [
+        "  optimizer.learning_rate: 0.003 there, 0.001 now",
+        "  seed: 3 there, 4 now",
+    ]
+
+
+def test_data_and_evaluation_may_change_between_starts(uninterrupted, tmp_path):
+    assert run(uninterrupted, data_dir=tmp_path, evaluate=True)
+    assert runs.load_run(uninterrupted)[0].data_dir == tmp_path
+    assert run(uninterrupted)
+
+
+def test_load_run_gives_the_best_or_the_latest_model(uninterrupted):
+    lines = metrics_of(uninterrupted)
+    recalls = {line["step"]: line["validation/recall"] for line in lines if "validation/recall" in line}
+    best = max(recalls, key=lambda step: (recalls[step], step))
+    for checkpoint, step in (("best", best), ("latest", CONFIG.steps)):
+        config, model, scalars = runs.load_run(uninterrupted, checkpoint=checkpoint)
+        assert config == dataclasses.replace(CONFIG, run_dir=uninterrupted)
+        saved = latest_arrays(uninterrupted, step)["params"]
+        np.testing.assert_array_equal(
+            model.heads["english"].linear.kernel[...], saved["model"]["heads"]["english"]["linear"]["kernel"]["value"]
+        )
+        np.testing.assert_array_equal(
+            scalars["pairwise_infonce"].log_temperature[...],
+            saved["loss"]["pairwise_infonce"]["log_temperature"]["value"],
+        )
+
+
+def test_embed_split_embeds_every_item_once_and_in_order(uninterrupted):
+    config, model, _ = runs.load_run(uninterrupted)
+    embedded = runs.embed_split(config, model, "validation")
+    np.testing.assert_array_equal(embedded["index"], list(ITEMS["validation"]))
+    np.testing.assert_array_equal(embedded["label"], [i % 10 for i in ITEMS["validation"]])
+    assert list(embedded["embeddings"]) == ["english", "twitter"]
+    for row in (0, 17, 23):
+        one = model.embed({"twitter": example(ITEMS["validation"][row])["twitter"][None]})["twitter"][0]
+        np.testing.assert_allclose(embedded["embeddings"]["twitter"][row], one, atol=1e-6)
+
+
+def test_load_run_without_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        runs.load_run(tmp_path)
+
+
+EVERY_TERM = Objective(
+    gram=Contrastive(0.5, label_smoothing=0.1),
+    pmrl=PMRL(0.3),
+    anchored_infonce=Contrastive(0.2, temperature=0.2, learn_temperature=False),
+    pairwise_infonce=Contrastive(0.7),
+    sigmoid=Sigmoid(0.4),
+    triangle=Contrastive(0.6),
+    symile=Contrastive(0.1),
+)
+
+
+def test_the_objective_is_the_weighted_sum_of_its_terms():
+    vectors = np.random.default_rng(0).normal(size=(3, 6, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    embeddings = dict(zip(("english", "twitter", "speech"), map(jax.numpy.asarray, vectors)))
+    arguments = {"anchor": "twitter", "ids": jax.numpy.arange(6), "key": jax.random.key(0)}
+    total, logged = objective.loss(EVERY_TERM, embeddings, objective.parameters(EVERY_TERM), **arguments)
+    weights = {name: term.weight for name, term in vars(EVERY_TERM).items()}
+    assert {name.removeprefix("loss/") for name in logged if name.startswith("loss/")} == set(weights)
+    np.testing.assert_allclose(total, sum(weights[name] * logged[f"loss/{name}"] for name in weights), rtol=1e-6)
+    for name in weights:  # each term alone is what it is in the sum
+        alone = Objective(**{"pairwise_infonce": Contrastive(), name: getattr(EVERY_TERM, name)})
+        value, _ = objective.loss(alone, embeddings, objective.parameters(alone), **arguments)
+        np.testing.assert_allclose(value, weights[name] * logged[f"loss/{name}"], rtol=1e-6)
+    assert logged["temperature/anchored_infonce"] == np.float32(0.2)
+    assert set(jax.tree.leaves(objective.parameters(EVERY_TERM)["anchored_infonce"])) == set()
+
+
+def test_all_terms_and_bfloat16_towers_train(tmp_path):
+    terms = dataclasses.replace(EVERY_TERM, triangle=Contrastive())  # two modalities here
+    assert run(tmp_path, objective=terms, dtype="bfloat16", steps=3)
+    assert all(np.isfinite(value) for line in metrics_of(tmp_path) for value in line.values())
+    arrays = latest_arrays(tmp_path, 3)["params"]
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(arrays)} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modalities": ("english",)}, r"modalities must be two or more different ones, got \('english',\)"),
+        ({"modalities": ("english", "english")}, "modalities must be two or more different ones"),
+        ({"anchor": "speech"}, r"anchor must be one of modalities .*, got 'speech'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 2}, r"optimizer\.warmup_steps must be at least 0 and below steps = 2, got 2"),
+        ({"objective": Objective(pairwise_infonce=Contrastive())}, "objective has no term"),
+        ({"objective": Objective(triangle=Contrastive(1.0))}, "objective.triangle needs exactly three modalities"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 14}, "batch_size must divide over 4 devices, got 14"),
+        (
+            {"text": dataclasses.replace(CONFIG.text, vocab_size=50)},
+            r"text\.vocab_size must be at least the tokenizer's \d+, got 50",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_any_work(tmp_path, monkeypatch, changes, message):
+    set_up(monkeypatch, devices=4)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
