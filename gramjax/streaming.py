@@ -12,6 +12,7 @@ other's negatives.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _reduction
@@ -23,7 +24,7 @@ def contrastive_nll(
     queries: Float[Array, "batch dim"],
     gallery: Float[Array, "batch modality dim"],
     *,
-    scale,
+    scale: ArrayLike,
     label_smoothing: float = 0.0,
     query_where: Bool[Array, " batch"] | None = None,
     gallery_where: Bool[Array, "batch modality"] | None = None,
@@ -127,8 +128,8 @@ def sigmoid_nll(
     queries: Float[Array, "batch dim"],
     gallery: Float[Array, "batch modality dim"],
     *,
-    scale,
-    bias,
+    scale: ArrayLike,
+    bias: ArrayLike,
     query_where: Bool[Array, " batch"] | None = None,
     gallery_where: Bool[Array, "batch modality"] | None = None,
     weights: Array | None = None,

@@ -1,6 +1,7 @@
 """GRAM: contrast volumes (arXiv 2412.11959)."""
 
 import jax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks
@@ -14,7 +15,7 @@ def gram_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
     anchor: int = 0,
-    temperature=0.07,
+    temperature: ArrayLike = 0.07,
     label_smoothing: float = 0.0,
     where: Bool[Array, "batch modality"] | None = None,
     weights: Array | None = None,

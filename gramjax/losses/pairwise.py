@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _reduction
@@ -17,7 +18,7 @@ def infonce_loss(
     a: Float[Array, "batch dim"],
     b: Float[Array, "batch dim"],
     *,
-    temperature=0.07,
+    temperature: ArrayLike = 0.07,
     label_smoothing: float = 0.0,
     where: Bool[Array, " batch"] | None = None,
     weights: Array | None = None,
@@ -61,7 +62,7 @@ def anchored_infonce_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
     anchor: int = 0,
-    temperature=0.07,
+    temperature: ArrayLike = 0.07,
     label_smoothing: float = 0.0,
     where: Bool[Array, "batch modality"] | None = None,
     weights: Array | None = None,
@@ -102,7 +103,7 @@ def anchored_infonce_loss(
 def pairwise_infonce_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
-    temperature=0.07,
+    temperature: ArrayLike = 0.07,
     label_smoothing: float = 0.0,
     where: Bool[Array, "batch modality"] | None = None,
     weights: Array | None = None,
@@ -142,8 +143,8 @@ def sigmoid_loss(
     a: Float[Array, "batch dim"],
     b: Float[Array, "batch dim"],
     *,
-    temperature=0.1,
-    bias=-10.0,
+    temperature: ArrayLike = 0.1,
+    bias: ArrayLike = -10.0,
     where: Bool[Array, " batch"] | None = None,
     weights: Array | None = None,
     ids: Array | None = None,

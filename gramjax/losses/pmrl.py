@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _reduction, linalg
@@ -14,9 +15,9 @@ from gramjax.streaming import contrastive_nll
 def pmrl_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
-    alignment_temperature=0.05,
-    regularization_temperature=0.1,
-    regularization_weight=1.0,
+    alignment_temperature: ArrayLike = 0.05,
+    regularization_temperature: ArrayLike = 0.1,
+    regularization_weight: ArrayLike = 1.0,
     where: Bool[Array, "batch modality"] | None = None,
     weights: Array | None = None,
     ids: Array | None = None,
@@ -63,7 +64,7 @@ def pmrl_loss(
 def alignment_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
-    temperature=0.05,
+    temperature: ArrayLike = 0.05,
     where: Bool[Array, "batch modality"] | None = None,
     weights: Array | None = None,
     reduction: Reduction = "mean",
@@ -100,7 +101,7 @@ def alignment_loss(
 def direction_regularization(
     embeddings: Float[Array, "batch modality dim"],
     *,
-    temperature=0.1,
+    temperature: ArrayLike = 0.1,
     where: Bool[Array, "batch modality"] | None = None,
     weights: Array | None = None,
     ids: Array | None = None,

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _reduction
@@ -14,7 +15,7 @@ from gramjax.streaming import softmax_nll
 def symile_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
-    temperature=0.1,
+    temperature: ArrayLike = 0.1,
     key: Array | None = None,
     label_smoothing: float = 0.0,
     where: Bool[Array, "batch modality"] | None = None,

@@ -1,6 +1,7 @@
 """TRIANGLE: contrast areas of triangles (TRIANGLE, NeurIPS 2025)."""
 
 import jax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks
@@ -14,7 +15,7 @@ def triangle_loss(
     embeddings: Float[Array, "batch 3 dim"],
     *,
     anchor: int = 0,
-    temperature=0.07,
+    temperature: ArrayLike = 0.07,
     label_smoothing: float = 0.0,
     where: Bool[Array, "batch 3"] | None = None,
     weights: Array | None = None,
