@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,23 @@ def compute(data_dir: Path, pairs: Sequence[tuple[str, str]]) -> list[dict[str, 
     return results
 
 
+def compute_on_one_thread(data_dir: Path, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """`compute` in a process of its own whose linear algebra has one thread.
+
+    OpenBLAS's threads wait for each other by spinning: on a machine that is busy with something else, decompositions of
+    this size take fifty times as long with two threads as with one. It reads its variable once, when it is loaded.
+    """
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(compute, data_dir, pairs).result()
+    finally:
+        del os.environ["OPENBLAS_NUM_THREADS"]
+        if before is not None:
+            os.environ["OPENBLAS_NUM_THREADS"] = before
+
+
 def data_version() -> str:
     """The version of the emoji set, which fixes its split."""
     return str(emoji.EmojiBuilder.VERSION)
@@ -252,7 +271,7 @@ def load_or_compute(data_dir: str | Path, modalities: Sequence[str]) -> list[dic
     paths = {pair: folder / f"{pair[0]}-{pair[1]}.json" for pair in pairs}
     if missing := [pair for pair in pairs if not paths[pair].exists()]:
         folder.mkdir(parents=True, exist_ok=True)
-        for pair, result in zip(missing, compute(Path(data_dir), missing)):
+        for pair, result in zip(missing, compute_on_one_thread(Path(data_dir), missing)):
             # Renamed into place when complete, so that a killed process leaves no half of a file.
             partial = paths[pair].with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(result), encoding="utf-8")

@@ -1,12 +1,17 @@
 """The baseline's CCA against other formulations and data whose canonical correlations are known."""
 
+import io
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from PIL import Image
 
 from experiments import baseline
 from gramjax import metrics
+from gramjax.data import audio, emoji
 
 
 def correlated_views(correlations, items, seed=0, noise_dims=4):
@@ -119,3 +124,91 @@ def test_choice_never_depends_on_the_test_split():
     again, (_, shuffled_test) = baseline.choose(views(x), views(shuffled), ridges)
     assert again == best
     assert baseline.mean_recall(shuffled_test) < 0.1
+
+
+COLOURS = {
+    "crimson": (200, 20, 60),
+    "navy": (0, 0, 128),
+    "lime": (50, 205, 50),
+    "gold": (255, 215, 0),
+    "black": (0, 0, 0),
+}
+
+
+def coloured_example(left, right, voices, rng):
+    """Two colours: seen side by side, written, and heard as two notes, in voices that differ a little."""
+    pixels = np.full((32, 32, 4), 255, np.uint8)
+    pixels[:, :16, :3], pixels[:, 16:, :3] = COLOURS[left], COLOURS[right]
+    pixels[..., :3] = np.clip(pixels[..., :3] + rng.integers(-20, 20, (32, 32, 3)), 0, 255)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    time = np.arange(3200) / 16000
+    notes = [400 * 1.6 ** list(COLOURS).index(name) for name in (left, right)]
+    speech = {}
+    for voice in voices:
+        wave = np.concatenate([np.sin(2 * np.pi * note * time) for note in notes])
+        speech[voice] = (8000 * wave + 100 * rng.normal(size=len(wave))).astype(np.int16)
+    return {"english": {"name": left, "keywords": [right]}, "twitter": buffer.getvalue(), "speech": speech}
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    rng = np.random.default_rng(6)
+    pairs = [(left, right) for left in COLOURS for right in COLOURS]
+    splits = {
+        split: [coloured_example(*pairs[number % 25], emoji.VOICES, rng) for number in range(count)]
+        for split, count in (("train", 75), ("validation", 25), ("test", 25))
+    }
+    monkeypatch.setattr(emoji, "load_split", lambda data_dir, split: splits[split])
+    return splits
+
+
+def test_voices_are_those_of_the_split(colours, tmp_path):
+    for split, voices in (("train", 4), ("validation", 1), ("test", 1)):
+        inputs = baseline.read_split(tmp_path, split, ["speech", "twitter", "english"])
+        assert {len(item) for item in inputs["speech"]} == {voices}
+        assert len(inputs["twitter"]) == len(colours[split])
+    heard = baseline.read_split(tmp_path, "test", ["speech"])["speech"][3][0]
+    np.testing.assert_array_equal(heard, audio.kaldi_fbank(colours["test"][3]["speech"][emoji.TEST_VOICE]))
+    assert inputs["english"][1] == ("crimson", "crimson navy")
+    assert inputs["twitter"][0].shape == (32, 32, 3)
+    np.testing.assert_allclose(inputs["twitter"][0].mean(axis=(0, 1)), np.array([200, 20, 60]) / 255, atol=0.03)
+
+
+def test_every_pair_of_modalities_is_found(colours, tmp_path):
+    results = baseline.compute(tmp_path, [("english", "twitter"), ("english", "speech"), ("twitter", "speech")])
+    for result in results:
+        x, y = result["modalities"]
+        assert set(result["test_ranks"]) == {f"{x} -> {y}", f"{y} -> {x}"}
+        for ranks in result["test_ranks"].values():
+            assert baseline.recalls(ranks)["recall@5"] > 0.8, "chance is 0.2"
+
+
+def test_figures_are_computed_once_and_kept(monkeypatch, tmp_path):
+    asked = []
+
+    def compute(data_dir, pairs):
+        asked.append(pairs)
+        return [{"modalities": [x, y], "test_ranks": {f"{x} -> {y}": [0, 2], f"{y} -> {x}": [1, 1]}} for x, y in pairs]
+
+    monkeypatch.setattr(baseline, "compute_on_one_thread", compute)
+    first = baseline.test_ranks(tmp_path, ["speech", "english"])
+    assert asked == [[("english", "speech")]]
+    assert first["english", "speech"].tolist() == [0, 2]
+    assert first["speech", "english"].tolist() == [1, 1]
+    both = baseline.test_ranks(tmp_path, ["twitter", "english", "speech"])
+    assert asked[1:] == [[("english", "twitter"), ("twitter", "speech")]], "only what is missing"
+    assert len(both) == 6
+    baseline.test_ranks(tmp_path, ["twitter", "english", "speech"])
+    assert len(asked) == 2
+
+
+def test_the_other_process_has_one_thread_and_leaves_no_trace(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    monkeypatch.setattr(baseline, "compute", _threads)
+    assert baseline.compute_on_one_thread(tmp_path, []) == "1"
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "7"
+
+
+def _threads(data_dir, pairs):
+    return os.environ["OPENBLAS_NUM_THREADS"]
