@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_model_config import CONFIG
 
 from gramjax.models import GramModel
+from tests.models.test_model_config import CONFIG
 
 BATCH = {
     "caption": {"ids": np.array([[1, 5, 6, 2, 0, 0], [1, 9, 2, 0, 0, 0]], np.int32)},
