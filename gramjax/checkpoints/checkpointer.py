@@ -39,6 +39,7 @@ class Checkpointer:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.directory = Path(directory).absolute()
         self.best_metric = best_metric
+        self.read_only = read_only
         policies: list = [checkpoint_managers.LatestN(keep)]
         if best_metric is not None:
             policies.append(checkpoint_managers.BestN(get_metric_fn=self._rank, n=1))
@@ -47,7 +48,6 @@ class Checkpointer:
             best_fn=self._rank if best_metric is not None else None,
             cleanup_tmp_directories=not read_only,  # what a killed process left behind
             create=not read_only,
-            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -78,7 +78,12 @@ class Checkpointer:
             tree: pytree of arrays.
             iterator: grain iterator whose position is saved with it.
             metrics: plain numbers saved with it, `best_metric` among them if this checkpoint is to compete.
+
+        Raises:
+            ValueError: this Checkpointer is read-only.
         """
+        if self.read_only:
+            raise ValueError(f"save needs a Checkpointer with read_only=False, got {self.directory} opened read-only")
         if step in self._manager.all_steps():
             return
         items: dict[str, Any] = {"state": ocp.args.StandardSave(tree)}

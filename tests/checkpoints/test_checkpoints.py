@@ -146,6 +146,20 @@ def test_a_step_is_saved_once(tmp_path):
         np.testing.assert_array_equal(checkpoints.restore({"x": jnp.ones(2)})["x"], 0)
 
 
+def test_a_read_only_one_makes_and_deletes_nothing(tmp_path):
+    with Checkpointer(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(2)})
+    being_written = tmp_path / "run" / "2.orbax-checkpoint-tmp"
+    being_written.mkdir()
+    with Checkpointer(tmp_path / "run", read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 1
+        with pytest.raises(ValueError, match="save needs a Checkpointer with read_only=False"):
+            checkpoints.save(2, {"x": jnp.zeros(2)})
+    assert being_written.exists()
+    with Checkpointer(tmp_path / "run"):
+        assert not being_written.exists()
+
+
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpointer(tmp_path, keep=0)
