@@ -182,8 +182,8 @@ def leading_direction(
       TypeError: if `z` is not floating point or `where` not bool.
       ValueError: if a shape does not fit.
 
-    >>> leading_direction(jnp.array([[0.0, 2.0], [0.0, 3.0]]))
-    Array([0., 1.], dtype=float32)
+    >>> [round(float(x), 6) for x in leading_direction(jnp.array([[0.0, 2.0], [0.0, 3.0]]))]
+    [0.0, 1.0]
     """
     z, _ = _masked(z, where)
     return spectrum(z)[1]
