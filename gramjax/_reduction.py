@@ -1,5 +1,6 @@
 """How losses of single examples become one number: the same for every loss."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -31,3 +32,12 @@ def reduce(
         return total
     mass = jnp.sum(weight)
     return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1.0), 0.0)
+
+
+def mean_of_terms(
+    terms: Sequence[tuple[Float[Array, " batch"], Bool[Array, " batch"]]],
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+    """Each example's mean over the terms in which it has a loss, and which examples have one in any."""
+    losses, valid = (jnp.stack(parts) for parts in zip(*terms))
+    count = jnp.sum(valid, axis=0).astype(losses.dtype)
+    return jnp.sum(jnp.where(valid, losses, 0.0), axis=0) / jnp.maximum(count, 1.0), count > 0

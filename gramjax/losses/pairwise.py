@@ -3,7 +3,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -200,7 +199,4 @@ def _mean_over_pairs(z, where, pairs, temperature, label_smoothing, weights, ids
         )
         for a, b in pairs
     ]  # fmt: skip
-    losses, valid = (jnp.stack(parts) for parts in zip(*terms))
-    count = jnp.sum(valid, axis=0).astype(z.dtype)
-    mean = jnp.sum(jnp.where(valid, losses, 0.0), axis=0) / jnp.maximum(count, 1.0)
-    return _reduction.reduce(mean, count > 0, weights, reduction)
+    return _reduction.reduce(*_reduction.mean_of_terms(terms), weights, reduction)

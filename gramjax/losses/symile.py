@@ -73,10 +73,7 @@ def symile_loss(
         logits = score.tile(queries, score.prepare(candidates, candidates_where)) / temperature
         losses = softmax_nll(logits, positives, negatives, label_smoothing)
         terms.append((losses, query_where & score.usable(gallery_where)))
-    losses, valid = (jnp.stack(parts) for parts in zip(*terms))
-    count = jnp.sum(valid, axis=0).astype(z.dtype)
-    mean = jnp.sum(jnp.where(valid, losses, 0.0), axis=0) / jnp.maximum(count, 1.0)
-    return _reduction.reduce(mean, count > 0, weights, reduction)
+    return _reduction.reduce(*_reduction.mean_of_terms(terms), weights, reduction)
 
 
 def _shuffles(key: Array, batch: int, modalities: int) -> Array:
