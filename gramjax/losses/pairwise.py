@@ -45,6 +45,7 @@ def infonce_loss(
       TypeError: if a dtype is wrong.
       ValueError: if a shape does not fit or an option is out of range.
 
+    >>> import jax.numpy as jnp
     >>> a = jnp.eye(2)
     >>> round(float(infonce_loss(a, a, temperature=1.0)), 6)  # log(1 + exp(-1))
     0.313262
@@ -89,6 +90,7 @@ def anchored_infonce_loss(
       TypeError: if a dtype is wrong.
       ValueError: if a shape does not fit or an option is out of range.
 
+    >>> import jax.numpy as jnp
     >>> z = jnp.tile(jnp.eye(2)[:, None], (1, 3, 1))
     >>> round(float(anchored_infonce_loss(z, temperature=1.0)), 6)
     0.313262
@@ -129,6 +131,7 @@ def pairwise_infonce_loss(
       TypeError: if a dtype is wrong.
       ValueError: if a shape does not fit or an option is out of range.
 
+    >>> import jax.numpy as jnp
     >>> z = jnp.tile(jnp.eye(2)[:, None], (1, 3, 1))
     >>> round(float(pairwise_infonce_loss(z, temperature=1.0)), 6)
     0.313262
@@ -170,6 +173,7 @@ def sigmoid_loss(
       TypeError: if a dtype is wrong.
       ValueError: if a shape does not fit or an option is out of range.
 
+    >>> import jax.numpy as jnp
     >>> a = jnp.eye(2)
     >>> round(float(sigmoid_loss(a, a, temperature=1.0, bias=0.0)), 6)  # log(1 + exp(-1)) + log 2
     1.006409
