@@ -35,19 +35,30 @@ SMALL_VISION = VisionConfig(
     num_heads=4,
     mlp_dim=256,
     drop_path_rate=0.0,
-    stem_channels=(32, 64, 128),
+    stem_channels=(16, 32, 64),
+    dropout_rate=0.2,
 )
 SMALL_TEXT = BERTConfig(
-    vocab_size=2048, max_length=48, width=128, depth=2, num_heads=4, mlp_dim=256, attention_dropout_rate=0.0
-)
-SMALL_AUDIO = BEATsConfig(
-    patch_dim=128,
+    vocab_size=3072,
+    max_length=48,
     width=128,
-    depth=2,
+    depth=1,
     num_heads=4,
     mlp_dim=256,
-    position_kernel=16,
-    position_groups=4,
+    dropout_rate=0.2,
+    attention_dropout_rate=0.0,
+)
+SMALL_AUDIO = BEATsConfig(
+    patch_size=4,
+    stem_channels=(128, 128),
+    mel_bins=64,
+    patch_dim=128,
+    width=128,
+    depth=1,
+    num_heads=4,
+    mlp_dim=256,
+    position_kernel=8,
+    position_groups=1,
     num_buckets=64,
     max_distance=128,
     attention_dropout_rate=0.0,
@@ -96,7 +107,7 @@ class Objective:
     pmrl: PMRL = PMRL()
     anchored_infonce: Contrastive = Contrastive()
     """Anchor against each other modality."""
-    pairwise_infonce: Contrastive = Contrastive(weight=1.0)
+    pairwise_infonce: Contrastive = Contrastive(weight=1.0, temperature=0.15)
     """Every modality against every other."""
     sigmoid: Sigmoid = Sigmoid()
     triangle: Contrastive = Contrastive()
@@ -133,7 +144,7 @@ class TrainConfig:
     anchor: Modality = "english"
     """The modality that anchored terms compare with the others."""
     objective: Objective = Objective()
-    steps: int = 500
+    steps: int = 400
     batch_size: int = 128
     """Of all devices and processes together."""
     seed: int = 0
@@ -184,4 +195,5 @@ def gram_config(config: TrainConfig) -> GramConfig:
         towers={name: tower for name, tower in towers.items() if name in modalities.values()},
         modalities=modalities,
         embed_dim=config.embed_dim,
+        pooling={name: "mean" for name in ("vision", "text") if name in modalities.values()},
     )

@@ -22,9 +22,10 @@ def recalls(embeddings: Mapping[str, np.ndarray], *, anchor: str, select_by: str
         select_by: which of the recalls is repeated as "validation/recall", by which the best checkpoint is chosen.
 
     Returns:
-        "validation/pairs": mean over pairs of single modalities, by cosine; "validation/volume", "validation/residual",
-        "validation/leading_direction": anchor against the others; "validation/recall_at_1": of the pairs, recall@1
-        alone; "validation/alignment": 1 - volume of all modalities; "validation/recall": the one `select_by` names.
+        "validation/a-b": of modalities a and b, by cosine; "validation/pairs": mean over these; "validation/volume",
+        "validation/residual", "validation/leading_direction": anchor against the others; "validation/recall_at_1": of
+        the pairs, recall@1 alone; "validation/alignment": 1 - volume of all modalities; "validation/recall": the one
+        `select_by` names.
     """
     ranks, alignment = _measure({name: jnp.asarray(value) for name, value in embeddings.items()}, anchor)
     results = {name: float(np.mean([np.mean(values < k) for k in RANKS])) for name, values in ranks.items()}
@@ -37,12 +38,12 @@ def _measure(embeddings: dict[str, jax.Array], anchor: str) -> tuple[dict[str, j
     """Ranks of all right answers by every way to retrieve, and the alignment."""
     queries = embeddings[anchor]
     gallery = jnp.stack([value for name, value in embeddings.items() if name != anchor], axis=1)
-    pairs = [
-        _ranks(scores.cosine_scores(embeddings[a], embeddings[b][:, None]), scores.Cosine())
+    pairs = {
+        f"{a}-{b}": _ranks(scores.cosine_scores(embeddings[a], embeddings[b][:, None]), scores.Cosine())
         for a, b in itertools.combinations(embeddings, 2)
-    ]
-    ranks = {
-        "pairs": jnp.concatenate(pairs),
+    }
+    ranks = pairs | {
+        "pairs": jnp.concatenate(list(pairs.values())),
         "volume": _ranks(scores.volume_scores(queries, gallery), scores.Volume()),
         "residual": _ranks(scores.residual_scores(queries, gallery), scores.Residual()),
         "leading_direction": _ranks(scores.leading_direction_scores(queries, gallery), scores.LeadingDirection()),

@@ -7,7 +7,7 @@ once a process: no example is touched alone, except for the words.
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float32, Int, Int32
 from gramjax.data import audio, augment, emoji, tokenizer
 
 MODALITIES = (*emoji.PICTURES, *emoji.LANGUAGES, "speech")
-# Longest text in tokens. Nine in ten English and Chinese texts fit whole; of the others the last keywords are cut.
+# Longest text in tokens. All but one in a hundred fit whole; of those the last keywords are cut.
 TEXT_LENGTH = 48
 # Longest utterance in frames of 10 ms: the longest name takes 202, and audio patches are 16 frames long.
 SPEECH_FRAMES = 208
@@ -47,7 +47,8 @@ def make_loader(
 
     With B rows a process (`batch_size / process_count`), a batch holds for each modality named:
       twitter, google: float32 `[B, 32, 32, 3]`, on white, about zero mean and unit variance.
-      english, spanish, chinese: `{"ids": int32 [B, 48], "mask": bool [B, 48]}`, `[CLS] ... [SEP]`, padded with 0.
+      english, spanish, chinese: `{"ids": int32 [B, 48], "mask": bool [B, 48]}`: `[CLS]`, the name with each word spelt
+        (`tokenizer.spelt_words`), and those words of the keywords that the tokenizer knows; padded with 0.
       speech: float32 `[B, 208, 64]`, normalised log-mel energies (`audio.kaldi_fbank`), zeros after the utterance.
     and `label` int32 `[B]` (index into `emoji.CATEGORIES`) and `index` int32 `[B]` (position in the whole set).
 
@@ -56,8 +57,8 @@ def make_loader(
     meaning. Texts are the name (four times in five) and a random choice of keywords, with one word in ten dropped.
     Speech is one of `emoji.TRAIN_VOICES`, with noise, a late start, and bands masked.
 
-    In evaluation, the split comes once, in order and unchanged: texts are the name, then all keywords, separated by
-    commas; speech is a voice never heard in training (`emoji.TEST_VOICE` for the test split, `emoji.VALIDATION_VOICE`
+    In evaluation, the split comes once, in order and unchanged: texts are the name, then all keywords; speech
+    is a voice never heard in training (`emoji.TEST_VOICE` for the test split, `emoji.VALIDATION_VOICE`
     otherwise). The last batch is filled up with repeated rows, which `valid` bool `[B]` marks False.
 
     Process p of P gets rows `p * B` to `(p + 1) * B` of the same global batches, whatever P. `iter(loader)` has
@@ -177,10 +178,9 @@ class _Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class _Words:
-    """Names and keywords in one language, and the token that separates them."""
+    """Names and keywords in one language."""
 
     phrases: tuple[augment.Phrases, ...]
-    comma: int
 
     @functools.cached_property
     def draws(self) -> int:
@@ -196,13 +196,8 @@ class _Words:
         ids = np.full((len(texts), TEXT_LENGTH), tokenizer.PAD, np.int32)
         lengths = np.empty(len(texts), np.int64)
         for row, text in enumerate(texts):
-            tokens = [tokenizer.CLS]
-            for phrase in text:
-                for word in phrase:
-                    tokens.extend(word)
-                tokens.append(self.comma)
-            # The last comma gives way to the end mark.
-            tokens = [*tokens[:-1][: TEXT_LENGTH - 1], tokenizer.SEP]
+            words = [token for phrase in text for word in phrase for token in word]
+            tokens = [tokenizer.CLS, *(words or [tokenizer.UNK])][:TEXT_LENGTH]
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
         return {"ids": ids, "mask": np.arange(TEXT_LENGTH) < lengths[:, None]}
@@ -271,16 +266,19 @@ def _decode(examples: Sequence[Mapping[str, Any]], name: str, voices: Sequence[s
             ink=1.0 - pixels.astype(np.float32) / 255.0, flip=np.array([example["flip"] for example in examples])
         )
     if name in emoji.LANGUAGES:
-        encode = functools.cache(_word_encoder())
+        name_word, keyword_word = functools.cache(tokenizer.spelt_words), functools.cache(tokenizer.known_words)
+
+        def known(keyword: str) -> tuple[tuple[int, ...], ...]:
+            return tuple(filter(None, map(keyword_word, keyword.split())))
+
         return _Words(
             phrases=tuple(
                 augment.Phrases(
-                    tuple(map(encode, example[name]["name"].split())),
-                    tuple(tuple(map(encode, keyword.split())) for keyword in example[name]["keywords"]),
+                    tuple(map(name_word, example[name]["name"].split())),
+                    tuple(filter(None, (known(keyword) for keyword in example[name]["keywords"]))),
                 )
                 for example in examples
             ),
-            comma=tokenizer.load_tokenizer().encode(" ,", add_special_tokens=False).ids[-1],
         )
     if name == "speech":
         return _decode_speech([[example["speech"][voice] for voice in voices] for example in examples])
@@ -288,12 +286,6 @@ def _decode(examples: Sequence[Mapping[str, Any]], name: str, voices: Sequence[s
         label=np.array([example["label"] for example in examples], np.int32),
         index=np.array([example["index"] for example in examples], np.int32),
     )
-
-
-def _word_encoder() -> Callable[[str], tuple[int, ...]]:
-    """The tokenizer splits at spaces, so a text's tokens are those of its words, one after the other."""
-    encoder = tokenizer.load_tokenizer()
-    return lambda word: tuple(encoder.encode(word, add_special_tokens=False).ids)
 
 
 def _decode_speech(waveforms: Sequence[Sequence[np.ndarray]]) -> _Speech:

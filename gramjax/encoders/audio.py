@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from gramjax.encoders.layers import (
     require_multiple,
     require_positive,
     require_rate,
+    require_stem,
     split_key,
 )
 
@@ -37,7 +39,7 @@ class BEATsConfig:
     """Sizes of a `BEATs` encoder; the defaults are BEATs iter3+ (AudioSet-2M), the audio tower of GRAM and PMRL.
 
     Attributes:
-        patch_size: frames, and mel bins, of a patch.
+        patch_size: frames, and mel bins, of a patch (with a stem: frames alone).
         patch_dim: size of a patch's embedding before it is projected to `width`.
         width: size of a token.
         depth: number of layers.
@@ -54,6 +56,10 @@ class BEATsConfig:
         input_dropout_rate: of the projected patches.
         layer_drop_rate: probability that a layer is skipped for a whole batch.
         layer_norm_epsilon: added to the variance in LayerNorm.
+        stem_channels: if given, patches are embedded by convolutions over time, of width 5 and stride 2, with all mel
+            bins as channels, instead of one linear map a patch: better for small models trained from scratch on
+            speech. `patch_size` must then be 2 ** len(stem_channels).
+        mel_bins: mel bins of the input; only the stem asks for it.
 
     Raises:
         ValueError: if a value is out of range or sizes do not fit each other.
@@ -76,10 +82,13 @@ class BEATsConfig:
     input_dropout_rate: float = 0.1
     layer_drop_rate: float = 0.05
     layer_norm_epsilon: float = 1e-5
+    stem_channels: tuple[int, ...] = ()
+    mel_bins: int = 128
 
     def __post_init__(self):
         require_positive(self, "patch_size", "patch_dim", "width", "depth", "num_heads", "mlp_dim")
-        require_positive(self, "position_kernel", "position_groups", "num_buckets", "max_distance")
+        require_positive(self, "position_kernel", "position_groups", "num_buckets", "max_distance", "mel_bins")
+        require_stem(self)
         require_multiple(self, "width", "num_heads")
         require_multiple(self, "width", "position_groups")
         require_rate(self, "dropout_rate", "attention_dropout_rate", "activation_dropout_rate")
@@ -169,7 +178,10 @@ class BEATs(nnx.Module):
     ):
         c = config
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.patch_embedding = PatchEmbedding(c.patch_size, 1, c.patch_dim, use_bias=False, rngs=rngs, **dtypes)
+        if c.stem_channels:
+            self.patch_embedding = SpectrogramStem(c, rngs=rngs, **dtypes)
+        else:
+            self.patch_embedding = PatchEmbedding(c.patch_size, 1, c.patch_dim, use_bias=False, rngs=rngs, **dtypes)
         self.patch_norm = LayerNorm(c.patch_dim, c.layer_norm_epsilon, rngs=rngs, **dtypes)
         self.projection = nnx.Linear(c.patch_dim, c.width, kernel_init=fan_in_uniform, rngs=rngs, **dtypes)
         self.position_convolution = PositionConvolution(c, rngs=rngs, **dtypes)
@@ -192,7 +204,8 @@ class BEATs(nnx.Module):
             rngs: stream `dropout` drives dropout and layer drop; `None` switches them off.
 
         Returns:
-            One token a patch, time-major: all patches of the first `patch_size` frames, then the next.
+            One token a patch, time-major: all patches of the first `patch_size` frames, then the next. With a stem one
+            token for every `patch_size` frames.
 
         Raises:
             ValueError: if the rank is not 3, or time or mel is no multiple of the patch size.
@@ -215,7 +228,7 @@ class BEATs(nnx.Module):
 
     def embed(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens width"]:
         """Projected patches."""
-        patches = self.patch_embedding(rearrange(fbank, "n t m -> n t m 1"))
+        patches = self.patch_embedding(fbank if self.config.stem_channels else rearrange(fbank, "n t m -> n t m 1"))
         return self.projection(self.patch_norm(patches))
 
     def position_bias(self, length: int) -> Float[Array, "heads length length"]:
@@ -231,7 +244,13 @@ class BEATs(nnx.Module):
 
     @staticmethod
     def torch_rules(config: BEATsConfig) -> tuple[Rule, ...]:
-        """Names in BEATs files (dictionary `model`)."""
+        """Names in BEATs files (dictionary `model`).
+
+        Raises:
+            ValueError: if the configuration has a convolutional stem, which no released file has.
+        """
+        if config.stem_channels:
+            raise ValueError(f"released audio towers have no convolutional stem, got {config.stem_channels=}")
         layers = [f"encoder.layers.{i}." for i in range(config.depth)]
         return (
             rule("patch_embedding.weight", "patch_embedding.kernel", layout=CONV_2D),
@@ -252,13 +271,40 @@ class BEATs(nnx.Module):
         )
 
     def _check(self, fbank: Array) -> None:
-        p = self.config.patch_size
-        if fbank.ndim != 3 or 0 in fbank.shape[1:] or fbank.shape[1] % p or fbank.shape[2] % p:
+        p, bins = self.config.patch_size, self.config.mel_bins
+        if self.config.stem_channels:
+            if fbank.ndim != 3 or not fbank.shape[1] or fbank.shape[1] % p or fbank.shape[2] != bins:
+                raise ValueError(
+                    f"fbank must have shape [batch, time, {bins}] with time a multiple of {p}, got {fbank.shape}"
+                )
+        elif fbank.ndim != 3 or 0 in fbank.shape[1:] or fbank.shape[1] % p or fbank.shape[2] % p:
             raise ValueError(
                 f"fbank must have shape [batch, time, mel] with time and mel multiples of {p}, got {fbank.shape}"
             )
         if not jnp.issubdtype(fbank.dtype, jnp.floating):
             raise TypeError(f"fbank must be floating point, got dtype {fbank.dtype}")
+
+
+class SpectrogramStem(nnx.Module):
+    """Convolutions over time, each with LayerNorm over channels and GELU, then a linear map to `patch_dim`."""
+
+    def __init__(self, config: BEATsConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        sizes = (config.mel_bins, *config.stem_channels)
+        self.convolutions = nnx.List(
+            [
+                nnx.Conv(i, o, (5,), strides=2, padding=2, use_bias=False, rngs=rngs, **dtypes)
+                for i, o in pairwise(sizes)
+            ]
+        )
+        self.norms = nnx.List([LayerNorm(o, config.layer_norm_epsilon, rngs=rngs, **dtypes) for o in sizes[1:]])
+        self.projection = nnx.Linear(sizes[-1], config.patch_dim, rngs=rngs, **dtypes)
+
+    def __call__(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens features"]:
+        """Embeds spectrograms."""
+        for convolution, norm in zip(self.convolutions, self.norms):
+            fbank = gelu(norm(convolution(fbank)))
+        return self.projection(fbank)
 
 
 def relative_position_buckets(

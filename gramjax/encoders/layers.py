@@ -291,6 +291,18 @@ def require_rate(config: Any, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name} must lie in [0, 1), got {value!r}")
 
 
+def require_stem(config: Any) -> None:
+    """Raises ValueError unless the strides of the convolutional stem of a configuration make up its `patch_size`."""
+    name, channels = type(config).__name__, config.stem_channels
+    if not all(isinstance(count, int) and count >= 1 for count in channels):
+        raise ValueError(f"{name}.stem_channels must be integers >= 1, got {channels}")
+    if channels and config.patch_size != 2 ** len(channels):
+        raise ValueError(
+            f"{name}.stem_channels={channels} reduces the input {2 ** len(channels)} times, so patch_size must be "
+            f"that, got {config.patch_size}"
+        )
+
+
 def require_multiple(config: Any, name: str, divisor_name: str) -> None:
     """Raises ValueError unless field `name` of a configuration is a multiple of field `divisor_name`."""
     value, divisor = getattr(config, name), getattr(config, divisor_name)

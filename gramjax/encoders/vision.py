@@ -27,6 +27,7 @@ from gramjax.encoders.layers import (
     require_multiple,
     require_positive,
     require_rate,
+    require_stem,
     split_key,
 )
 
@@ -72,13 +73,7 @@ class VisionConfig:
         require_multiple(self, "image_size", "patch_size")
         require_multiple(self, "width", "num_heads")
         require_rate(self, "drop_path_rate", "dropout_rate")
-        if not all(isinstance(channels, int) and channels >= 1 for channels in self.stem_channels):
-            raise ValueError(f"VisionConfig.stem_channels must be integers >= 1, got {self.stem_channels}")
-        if self.stem_channels and self.patch_size != 2 ** len(self.stem_channels):
-            raise ValueError(
-                f"VisionConfig.stem_channels={self.stem_channels} reduces pictures {2 ** len(self.stem_channels)} "
-                f"times, so patch_size must be that, got {self.patch_size}"
-            )
+        require_stem(self)
 
     @property
     def num_tokens(self) -> int:

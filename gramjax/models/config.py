@@ -12,6 +12,7 @@ from gramjax.encoders.text import BERTConfig
 from gramjax.encoders.vision import VisionConfig
 
 TowerConfig = VisionConfig | BEATsConfig | BERTConfig
+Pooling = typing.Literal["first", "mean"]
 T = TypeVar("T")
 
 
@@ -26,14 +27,19 @@ class GramConfig:
         towers: configuration of every tower, by a name of your choice.
         modalities: modality -> name of its tower.
         embed_dim: dimension of the common space.
+        pooling: tower -> how its tokens become one vector: "first", the class token, or "mean", over all tokens but
+            the class token (and, in texts, padding). Towers not named pool as in the published model: vision and
+            text "first", audio "mean". Small models trained from scratch do better with the mean.
 
     Raises:
-        ValueError: a modality names a tower there is not, a tower serves no modality, or `embed_dim` is not positive.
+        ValueError: a modality or `pooling` names a tower there is not, a tower serves no modality, an audio tower
+            (which has no class token) shall pool the first, or `embed_dim` is not positive.
     """
 
     towers: Mapping[str, TowerConfig]
     modalities: Mapping[str, str]
     embed_dim: int = 512
+    pooling: Mapping[str, Pooling] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.embed_dim < 1:
@@ -47,9 +53,17 @@ class GramConfig:
                 )
         if unused := sorted(set(self.towers) - set(self.modalities.values())):
             raise ValueError(f"towers must serve a modality each, got {unused}, which modalities do not name")
+        for tower, pooling in self.pooling.items():
+            if tower not in self.towers:
+                raise ValueError(f"pooling must name towers among {sorted(self.towers)}, got {tower!r}")
+            if pooling not in typing.get_args(Pooling):
+                raise ValueError(f"pooling must be one of {typing.get_args(Pooling)}, got {pooling!r} for {tower!r}")
+            if pooling == "first" and isinstance(self.towers[tower], BEATsConfig):
+                raise ValueError(f"pooling must be 'mean' for audio towers, got 'first' for {tower!r}")
 
     def __hash__(self) -> int:
-        return hash((tuple(self.towers.items()), tuple(self.modalities.items()), self.embed_dim))
+        towers, modalities, pooling = (tuple(x.items()) for x in (self.towers, self.modalities, self.pooling))
+        return hash((towers, modalities, self.embed_dim, pooling))
 
 
 def to_json(config: Any) -> Any:

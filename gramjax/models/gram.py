@@ -17,8 +17,8 @@ from gramjax.models.config import GramConfig, TowerConfig
 class GramModel(nnx.Module):
     """Embeds every modality in one space (GRAM, arXiv 2412.11959, section 3).
 
-    Each modality goes through its tower, is pooled as in the published model (pictures and text: the class token;
-    sound: the mean over tokens), and is projected by a linear head of its own to the unit sphere.
+    Each modality goes through its tower, is pooled to one vector (`GramConfig.pooling`), and is projected by a linear
+    head of its own to the unit sphere.
 
     Args:
         config: towers and modalities.
@@ -54,13 +54,14 @@ class GramModel(nnx.Module):
             for modality in present
         }
 
-    def project(self, tokens: Mapping[str, Float[Array, "batch _ _"]]) -> dict[str, Float[Array, "batch embed_dim"]]:
-        """Pool and project what `encode` returned: modality -> unit vectors [batch, embed_dim], float32."""
-        embeddings = {}
-        for modality, values in tokens.items():
-            pool = _pooling(self.config.towers[self.config.modalities[modality]])
-            embeddings[modality] = self.heads[modality](pool(values).astype(jnp.float32))
-        return embeddings
+    def project(
+        self, tokens: Mapping[str, Float[Array, "batch _ _"]], batch: Mapping[str, Any]
+    ) -> dict[str, Float[Array, "batch embed_dim"]]:
+        """Pool and project what `encode` made of `batch`: modality -> unit vectors [batch, embed_dim], float32."""
+        return {
+            modality: self.heads[modality](self._pool(modality, values, batch[modality]).astype(jnp.float32))
+            for modality, values in tokens.items()
+        }
 
     def embed(
         self, batch: Mapping[str, Any], *, rngs: nnx.Rngs | None = None
@@ -79,7 +80,19 @@ class GramModel(nnx.Module):
         Raises:
             ValueError: the batch has none of the model's modalities, or an entry is not of the kind its tower reads.
         """
-        return self.project(self.encode(batch, rngs=rngs))
+        return self.project(self.encode(batch, rngs=rngs), batch)
+
+    def _pool(self, modality: str, tokens: Array, inputs: Any) -> Array:
+        tower = self.config.modalities[modality]
+        match self.config.towers[tower], self.config.pooling.get(tower):
+            case BEATsConfig(), _:
+                return mean_pool(tokens)
+            case _, "first" | None:
+                return cls_pool(tokens)
+            case BERTConfig(), _:
+                return mean_pool(tokens[:, 1:], jnp.asarray(inputs["mask"])[:, 1:])
+            case _:
+                return mean_pool(tokens[:, 1:])
 
     def _inputs(self, modality: str, inputs: Any) -> tuple:
         """The arguments of the modality's tower."""
@@ -101,7 +114,3 @@ def _tower(config: TowerConfig, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) ->
             return BEATs(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         case BERTConfig():
             return BERT(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-
-
-def _pooling(config: TowerConfig):
-    return mean_pool if isinstance(config, BEATsConfig) else cls_pool

@@ -49,7 +49,7 @@ def test_shapes(small, build):
         assert ids.shape == mask.shape == (64, pipeline.TEXT_LENGTH)
         assert (ids.dtype, mask.dtype) == (np.int32, np.bool_)
         assert (ids[:, 0] == tokenizer.CLS).all()
-        assert (np.where(mask, ids, tokenizer.SEP)[np.arange(64), mask.sum(axis=1) - 1] == tokenizer.SEP).all()
+        assert (mask.sum(axis=1) > 1).all()
         np.testing.assert_array_equal(mask, ids != tokenizer.PAD)
     assert batch["speech"].shape == (64, pipeline.SPEECH_FRAMES, 64)
     assert batch["speech"].dtype == np.float32
@@ -79,18 +79,16 @@ def test_evaluation_is_in_order_once_and_padded(small):
     assert batch["valid"].sum() == len(small)
 
 
-def test_evaluation_texts_are_the_name_then_the_keywords(small):
-    encoder = tokenizer.load_tokenizer()
+def test_evaluation_texts_are_the_name_spelt_then_the_keywords(small):
     (batch,) = take(evaluation(small, emoji.LANGUAGES, 161), 1)
     for row in range(0, 161, 10):
         for language in emoji.LANGUAGES:
             words = small[row][language]
-            text = ", ".join([" ".join(phrase.split()) for phrase in [words["name"], *words["keywords"]]])
-            expected = encoder.encode(text).ids
-            if len(expected) > pipeline.TEXT_LENGTH:
-                expected = [*expected[: pipeline.TEXT_LENGTH - 1], tokenizer.SEP]
+            expected = [tokenizer.CLS, *tokenizer.spelt_words(words["name"])]
+            for keyword in words["keywords"]:
+                expected += tokenizer.known_words(keyword)
             ids = batch[language]["ids"][row]
-            assert ids[ids != 0].tolist() == expected
+            assert ids[ids != 0].tolist() == (expected or [tokenizer.UNK])[: pipeline.TEXT_LENGTH]
 
 
 @pytest.mark.parametrize(("split", "voice"), [("validation", emoji.VALIDATION_VOICE), ("test", emoji.TEST_VOICE)])
@@ -151,7 +149,7 @@ def test_every_epoch_is_augmented_anew(small):
         one, two = (batch[name][order] for batch, order in zip(epochs, sorted_epochs, strict=True))
         assert (np.abs(one - two).max(axis=tuple(range(1, one.ndim))) > 0).all()
     one, two = (batch["english"]["ids"][order] for batch, order in zip(epochs, sorted_epochs, strict=True))
-    assert (one != two).any(axis=1).mean() > 0.8
+    assert (one != two).any(axis=1).mean() > 0.6  # of some, one name is all there is
 
 
 @pytest.mark.parametrize("build", [training, evaluation])

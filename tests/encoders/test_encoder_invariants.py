@@ -30,6 +30,7 @@ AUDIO = BEATsConfig(
     num_buckets=16,
     max_distance=12,
 )
+AUDIO_STEM = replace(AUDIO, stem_channels=(8, 12), mel_bins=8, depth=1)
 TEXT = BERTConfig(vocab_size=50, max_length=12, width=16, depth=2, num_heads=2, mlp_dim=32)
 
 
@@ -50,6 +51,7 @@ CASES = {
     "vision": (VisionTransformer, VISION, lambda: (normal(3, 16, 16, 3),), 17),
     "vision-stem": (VisionTransformer, STEM, lambda: (normal(3, 16, 16, 3),), 17),
     "audio": (BEATs, AUDIO, lambda: (normal(3, 20, 8),), 10),
+    "audio-stem": (BEATs, AUDIO_STEM, lambda: (normal(3, 20, 8),), 5),
     "text": (BERT, TEXT, text_inputs, 12),
 }
 each = pytest.mark.parametrize("name", CASES)
@@ -216,6 +218,8 @@ IMAGE, IDS = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 8), jnp.int32)
         ("audio", (jnp.zeros((2, 21, 8)),), ValueError, r"multiples of 4, got \(2, 21, 8\)"),
         ("audio", (jnp.zeros((2, 20, 6)),), ValueError, r"multiples of 4, got \(2, 20, 6\)"),
         ("audio", (jnp.zeros((2, 0, 8)),), ValueError, r"got \(2, 0, 8\)"),
+        ("audio-stem", (jnp.zeros((2, 20, 4)),), ValueError, r"shape \[batch, time, 8\] .*got \(2, 20, 4\)"),
+        ("audio-stem", (jnp.zeros((2, 21, 8)),), ValueError, r"time a multiple of 4, got \(2, 21, 8\)"),
         ("audio", (jnp.zeros((2, 20, 8), jnp.int32),), TypeError, "fbank must be floating point.*int32"),
         ("text", (IDS[0], IDS[0] == 0), ValueError, r"ids must have shape \[batch, length\], got \(8,\)"),
         ("text", (jnp.zeros((2, 13), jnp.int32), jnp.ones((2, 13), bool)), ValueError, "13 tokens.*max_length=12"),
@@ -239,8 +243,10 @@ def test_wrong_inputs_are_named(unchecked_signatures, build, name, inputs, error
         (VISION, {"depth": 0}, "depth must be an integer >= 1, got 0"),
         (VISION, {"mlp_dim": -4}, "mlp_dim must be an integer >= 1, got -4"),
         (VISION, {"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\), got 1.0"),
-        (VISION, {"stem_channels": (8,)}, "reduces pictures 2 times, so patch_size must be that, got 4"),
+        (VISION, {"stem_channels": (8,)}, "reduces the input 2 times, so patch_size must be that, got 4"),
         (VISION, {"stem_channels": (8, 0)}, "stem_channels must be integers >= 1"),
+        (AUDIO, {"stem_channels": (8,)}, "reduces the input 2 times, so patch_size must be that, got 4"),
+        (AUDIO, {"mel_bins": 0}, "mel_bins must be an integer >= 1"),
         (AUDIO, {"num_heads": 5}, "width must be a multiple of num_heads=5"),
         (AUDIO, {"position_groups": 3}, "width must be a multiple of position_groups=3"),
         (AUDIO, {"num_buckets": 7}, "num_buckets must be even"),

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gramjax.encoders import VisionConfig, VisionTransformer
+from gramjax.encoders import BEATs, BEATsConfig, VisionConfig, VisionTransformer
 from gramjax.encoders.conversion import (
     LINEAR,
     Rule,
@@ -135,3 +135,5 @@ def test_no_released_tower_has_a_stem():
     config = VisionConfig(image_size=8, patch_size=4, width=8, depth=1, num_heads=1, mlp_dim=8, stem_channels=(4, 4))
     with pytest.raises(ValueError, match="no convolutional stem"):
         VisionTransformer.torch_rules(config)
+    with pytest.raises(ValueError, match="no convolutional stem"):
+        BEATs.torch_rules(BEATsConfig(patch_size=4, stem_channels=(4, 4)))

@@ -28,7 +28,7 @@ CONFIG = TrainConfig(
     optimizer=Optimizer(learning_rate=3e-3, warmup_steps=2),
     embed_dim=16,
     vision=VisionConfig(image_size=8, patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=16, drop_path_rate=0.1),
-    text=BERTConfig(vocab_size=3000, max_length=8, width=16, depth=1, num_heads=2, mlp_dim=16),
+    text=BERTConfig(vocab_size=3072, max_length=48, width=16, depth=1, num_heads=2, mlp_dim=16),
     log_every=1,
     validate_every=4,
     checkpoint_every=5,

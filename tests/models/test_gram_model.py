@@ -1,5 +1,7 @@
 """The model: what it computes from its parts, and how dropout is drawn."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,20 @@ def test_embeddings_are_the_projected_class_token_or_mean_token(model):
     for name, pooled in tokens.items():
         kernel = np.asarray(model.heads[name].linear.kernel[...], np.float64)
         projected = np.asarray(pooled, np.float64) @ kernel
+        expected = projected / np.linalg.norm(projected, axis=-1, keepdims=True)
+        np.testing.assert_allclose(embeddings[name], expected, atol=1e-5)
+
+
+def test_mean_pooling_leaves_out_the_class_token_and_padding():
+    config = dataclasses.replace(CONFIG, pooling={"vision": "mean", "text": "mean"})
+    model = GramModel(config, rngs=nnx.Rngs(0))
+    arrays = jax.tree.map(jnp.asarray, BATCH)
+    frames = np.asarray(model.towers["vision"](arrays["frames"]), np.float64)[:, 1:].mean(axis=1)
+    text = np.asarray(model.towers["text"](arrays["caption"]["ids"], arrays["caption"]["mask"]), np.float64)
+    caption = np.stack([text[0, 1:4].mean(axis=0), text[1, 1:3].mean(axis=0)])
+    embeddings = model.embed(BATCH)
+    for name, pooled in (("frames", frames), ("caption", caption)):
+        projected = pooled @ np.asarray(model.heads[name].linear.kernel[...], np.float64)
         expected = projected / np.linalg.norm(projected, axis=-1, keepdims=True)
         np.testing.assert_allclose(embeddings[name], expected, atol=1e-5)
 

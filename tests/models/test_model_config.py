@@ -17,6 +17,7 @@ CONFIG = GramConfig(
     towers={"vision": VISION, "text": TEXT, "audio": AUDIO},
     modalities={"frames": "vision", "depth": "vision", "caption": "text", "sound": "audio"},
     embed_dim=8,
+    pooling={"vision": "first"},
 )
 
 
@@ -91,9 +92,12 @@ def test_values_json_cannot_hold_are_refused():
         ({"embed_dim": 0}, "embed_dim must be positive, got 0"),
         ({"modalities": {}}, "modalities must name at least one"),
         ({"modalities": {**CONFIG.modalities, "smell": "nose"}}, "'nose' for 'smell'"),
+        ({"pooling": {"nose": "mean"}}, r"pooling must name towers among .*, got 'nose'"),
+        ({"pooling": {"text": "max"}}, "pooling must be one of .*, got 'max' for 'text'"),
+        ({"pooling": {"audio": "first"}}, "pooling must be 'mean' for audio towers"),
         ({"modalities": {"caption": "text"}}, r"got \['audio', 'vision'\]"),
     ],
 )
-def test_inconsistent_configs_are_refused(change, message):
+def test_inconsistent_configs_are_refused(unchecked_signatures, change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
