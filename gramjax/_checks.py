@@ -56,6 +56,23 @@ def per_example(name: str, value, batch: int) -> Array:
     return array
 
 
+def ids(name: str, value, batch: int) -> Array:
+    """`value` as integers of shape `[batch]`."""
+    array = per_example(name, value, batch)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers of shape [batch] = ({batch},), got dtype {array.dtype}.")
+    return array
+
+
+def size(name: str, value: int) -> int:
+    """`value` as an integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer of at least 1, or None, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return int(value)
+
+
 def weights(name: str, value, batch: int) -> Array:
     """`value` as real weights of shape `[batch]`."""
     array = per_example(name, value, batch)

@@ -1,5 +1,5 @@
 """How scores are reduced: to losses over a batch, for any score."""
 
-from gramjax.streaming.nll import contrastive_nll, contrastive_terms, sigmoid_nll, softmax_nll
+from gramjax.streaming.nll import contrastive_nll, sigmoid_nll, softmax_nll
 
-__all__ = ["contrastive_nll", "contrastive_terms", "sigmoid_nll", "softmax_nll"]
+__all__ = ["contrastive_nll", "sigmoid_nll", "softmax_nll"]
