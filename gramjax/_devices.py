@@ -32,6 +32,12 @@ def axis_size(axis_name: AxisName | None) -> int:
         ) from error
 
 
+def position(axis_name: AxisName | None) -> Array | int:
+    """Which device along the axis this is; 0 for None."""
+    axis_size(axis_name)
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name)
+
+
 def global_sum(x: Array, axis_name: AxisName | None) -> Array:
     """Sum over the devices along the axis, with the gradient of one global number.
 
@@ -117,7 +123,7 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
             operands = (batched, arrays)
             if any(kind == AxisType.Explicit for kind in mesh.axis_types):
                 operands = jax.tree.map(lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec)), operands, specs)
-            whole = PartitionSpec(axis_name if given.get("reduction", "mean") is None else None)
+            whole = PartitionSpec(axis_name) if given.get("reduction", "mean") is None else PartitionSpec()
             sharded = jax.shard_map(
                 lambda batched, arrays: loss(**given, **batched, **arrays),
                 mesh=mesh, in_specs=specs, out_specs=whole,

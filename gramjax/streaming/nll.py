@@ -32,6 +32,8 @@ The columns of the score matrix travel round the devices, each of which keeps it
 its share of the batch only. `ids` must be comparable across devices; without `ids` all examples differ.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -123,8 +125,7 @@ def prepare(score: Score, gallery: Array, gallery_where: Array, ids, axis_name: 
     """The columns of a score matrix, from a gallery that has been checked; several losses can share them."""
     number = gallery.shape[0]
     if ids is None:
-        first = 0 if axis_name is None else number * jax.lax.axis_index(axis_name)
-        ids = first + jnp.arange(number, dtype=jnp.int32)
+        ids = number * _devices.position(axis_name) + jnp.arange(number, dtype=jnp.int32)
     else:
         ids = _checks.ids("ids", ids, number)
     prepared = _tiles.item_by_item(score.prepare, _ITEMS, gallery, gallery_where)
@@ -251,7 +252,7 @@ def _check_pairs(queries, gallery, query_where, gallery_where) -> tuple[Array, A
     return jnp.where(query_where[:, None], queries, 0.0), gallery, query_where, gallery_where
 
 
-def _rows(queries: Array, query_where: Array, items: Side) -> tuple[Side, Side]:
+def _rows(queries: Array, query_where: Array, items: Side) -> tuple[Side, Any]:
     """The rows of the score matrix, and the prepared items that match them."""
     if queries.shape[0] == items.ids.shape[0]:
         return Side(queries, items.ids, query_where), items.vectors
@@ -271,7 +272,6 @@ def _plan(
     score: Score, statistic: Statistic, rows: Side, columns: Side, both: bool, detach_candidates: bool,
     block_size: int | None, axis_name: _devices.AxisName | None,
 ) -> Plan:  # fmt: skip
-    _devices.axis_size(axis_name)
     if block_size is not None:
         block_size = _checks.size("block_size", block_size)
         tile = (block_size, block_size)
