@@ -141,13 +141,7 @@ class Residual:
 
     def pairs(self, queries, prepared):
         """Norm of the residual vector itself: no digits are lost when the query lies close to the span."""
-        residual = queries
-        for _ in range(2):
-            for direction in prepared.basis:
-                residual = residual - jnp.sum(direction * residual, axis=-1, keepdims=True) * direction
-        noise = 2 * len(prepared.basis) * float(jnp.finfo(queries.dtype).eps)
-        told_apart = jnp.sum(jnp.square(residual), axis=-1) > noise**2 * jnp.sum(jnp.square(queries), axis=-1)
-        return linalg.safe_norm(residual, jax.lax.stop_gradient(told_apart))
+        return _distance(queries, prepared.basis)
 
 
 class Volume(Residual):
@@ -443,6 +437,36 @@ def check_inputs(queries, gallery, gallery_where) -> tuple[Array, Array, Array]:
     # What is absent must not reach a score: its value may be anything, NaN included.
     gallery = jnp.where(where[..., None], gallery, 0.0)
     return queries.astype(dtype), gallery.astype(dtype), where
+
+
+@jax.custom_jvp
+def _distance(queries: Array, basis: tuple[Array, ...]) -> Array:
+    """Distance `[n]` of each query `[n, d]` from the span of its orthonormal vectors, each `[n, d]` or 0."""
+    return linalg.safe_norm(*_residuals(queries, basis))
+
+
+@_distance.defjvp
+def _distance_jvp(primals, tangents):
+    """`d|r| = (dt - sum_l (q_l . t) dq_l) . r / |r|`, because the residual is orthogonal to every `q_l`; 0 at 0."""
+    (queries, basis), (turned_queries, turned_basis) = primals, tangents
+    residuals, told_apart = _residuals(queries, basis)
+    distance = linalg.safe_norm(residuals, told_apart)
+    unit = residuals * jnp.where(told_apart, 1.0 / jnp.where(told_apart, distance, 1.0), 0.0)[:, None]
+    moved = turned_queries
+    for direction, turned in zip(basis, turned_basis):
+        moved = moved - jnp.sum(direction * queries, axis=-1, keepdims=True) * turned
+    return distance, jnp.sum(unit * moved, axis=-1)
+
+
+def _residuals(queries: Array, basis: tuple[Array, ...]) -> tuple[Array, Array]:
+    """What is left of the queries outside the span, projected twice, and where that is more than rounding."""
+    residuals = queries
+    for _ in range(2):
+        for direction in basis:
+            residuals = residuals - jnp.sum(direction * residuals, axis=-1, keepdims=True) * direction
+    noise = 2 * len(basis) * float(jnp.finfo(queries.dtype).eps)
+    squares = jax.lax.stop_gradient(jnp.sum(jnp.square(residuals), axis=-1))
+    return residuals, squares > noise**2 * jnp.sum(jnp.square(queries), axis=-1)
 
 
 def _products(queries: Array, items: Array, precision) -> Array:
