@@ -47,9 +47,9 @@ from gramjax.streaming._engine import Plan, Scalars, Side, statistics
 from gramjax.streaming._statistics import LogSumExp, Partition, SoftplusSum, Statistic
 
 # Up to this many entries the whole score matrix is built unless `block_size` says otherwise.
-_WHOLE = 1024 * 1024
+_WHOLE = 512 * 512
 # Rows and columns of a tile: a few MB, which stay in a processor's cache.
-_TILE = (1024, 512)
+_TILE = (512, 512)
 # Items that are prepared at a time.
 _ITEMS = 1024
 
