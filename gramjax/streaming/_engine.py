@@ -22,6 +22,9 @@ from gramjax.scores import Score
 from gramjax.streaming import _tiles
 from gramjax.streaming._statistics import Statistic
 
+# Items whose preparation, or score with their match, is computed at a time.
+ITEMS = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -52,11 +55,21 @@ class Scalars(NamedTuple):
     bias: Array | None = None
 
 
-def statistics(plan: Plan, rows: Side, columns: Side, scalars: Scalars) -> tuple[Any, Any]:
-    """The statistic of each row over the columns that are its negatives, and of each column (None if not asked for).
+class Reduced(NamedTuple):
+    """What losses are computed from."""
 
-    A column is a negative of a row if it is present and their ids differ; and the other way round.
-    """
+    rows: Any
+    """The statistic of each row over the columns that are its negatives: present, and with another id."""
+    columns: Any
+    """The statistic of each column over the rows that are its negatives; None if it is not asked for."""
+    row_matches: Array
+    """Score of each row with the column of its number, as the row's loss takes it."""
+    column_matches: Array
+    """The same as the column's loss takes it; only the gradients differ, with `detach_candidates`."""
+
+
+def reduce(plan: Plan, rows: Side, columns: Side, scalars: Scalars) -> Reduced:
+    """Reduces the logits of every row with every column, and scores the matched ones."""
     if plan.tile is None and plan.axis_name is None:
         return _at_once(plan, rows, columns, scalars)
     axes = _devices.varying((rows, columns, scalars))
@@ -74,11 +87,21 @@ def _at_once(plan, rows, columns, scalars):
     def gather(queries, prepared, counted, axis):
         logits = _logits(plan, queries, prepared, scalars)
         running = plan.statistic.empty(counted.shape[1 - axis], logits.dtype)
-        return plan.statistic.finish(plan.statistic.add(running, logits, counted, axis))
+        statistic = plan.statistic.finish(plan.statistic.add(running, logits, counted, axis))
+        return statistic, plan.score.pairs(queries, _first(prepared, queries.shape[0]))
 
-    # Without `detach_candidates` both directions see the same logits, which XLA computes once.
-    by_row = gather(rows.vectors, fixed_columns, of_rows, 1)
-    return by_row, gather(fixed_rows, columns.vectors, of_columns, 0) if plan.both else None
+    # Without `detach_candidates` both directions see the same scores, which XLA computes once.
+    by_row, row_matches = gather(rows.vectors, fixed_columns, of_rows, 1)
+    by_column, column_matches = gather(fixed_rows, columns.vectors, of_columns, 0)
+    return Reduced(by_row, by_column if plan.both else None, row_matches, column_matches)
+
+
+def _matches(plan):
+    return lambda inputs, _: plan.score.pairs(*inputs)
+
+
+def _first(tree, size):
+    return jax.tree.map(lambda x: x[:size], tree)
 
 
 def _logits(plan, queries, prepared, scalars):
@@ -96,7 +119,7 @@ def _negatives(rows: Side, columns: Side, fresh=(None, None)) -> tuple[Array, Ar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _streamed(plan, rows, columns, scalars):
+def _streamed(plan: Plan, rows: Side, columns: Side, scalars: Scalars) -> Any:
     def visit(by_row, columns, by_column):
         def tile(state, i, j, fresh):
             by_row, by_column = state
@@ -118,17 +141,20 @@ def _streamed(plan, rows, columns, scalars):
         return _devices.vary_over(running, _devices.varying(side.ids))
 
     by_row, by_column = _round_the_ring(plan, visit, empty(rows), columns, empty(columns) if plan.both else None)
-    return plan.statistic.finish(by_row), plan.statistic.finish(by_column) if plan.both else None
+    matched = rows.vectors, _first(columns.vectors, rows.ids.shape[0])
+    matches = _tiles.item_by_item(_matches(plan), ITEMS, matched)
+    by_column = plan.statistic.finish(by_column) if plan.both else None
+    return Reduced(plan.statistic.finish(by_row), by_column, matches, matches)
 
 
 def _forward(plan, rows, columns, scalars):
-    finished = _streamed(plan, rows, columns, scalars)
-    return finished, (rows, columns, scalars, finished)
+    reduced: Any = _streamed(plan, rows, columns, scalars)
+    return reduced, (rows, columns, scalars, reduced.rows, reduced.columns)
 
 
 def _backward(plan, residuals, cotangents):
-    rows, columns, scalars, (by_row, by_column) = residuals
-    of_row, of_column = cotangents
+    rows, columns, scalars, by_row, by_column = residuals
+    of_row, of_column, *_ = cotangents
 
     def visit(state, visitor, gradients):
         columns, by_column, of_column = visitor
@@ -157,10 +183,11 @@ def _backward(plan, residuals, cotangents):
 
         return _over_tiles(plan, rows, columns, tile, (state, gradients))
 
+    # The gradients of the matched scores come first, and those of the tiles are added to them in place.
+    queries, prepared = _pull_matches(plan, rows, columns, cotangents)
     state, column_gradients = _round_the_ring(
-        plan, visit, (_tiles.zeros(rows.vectors), _tiles.zeros(scalars)), (columns, by_column, of_column),
-        _tiles.zeros(columns.vectors),
-    )  # fmt: skip
+        plan, visit, (queries, _tiles.zeros(scalars)), (columns, by_column, of_column), prepared
+    )
     row_gradients, scalar_gradients = state
     row_cotangents = rows._replace(vectors=row_gradients, ids=None, present=None)
     column_cotangents = columns._replace(vectors=column_gradients, ids=None, present=None)
@@ -168,6 +195,19 @@ def _backward(plan, residuals, cotangents):
 
 
 _streamed.defvjp(_forward, _backward)
+
+
+def _pull_matches(plan, rows, columns, cotangents):
+    size = rows.ids.shape[0]
+    matched = rows.vectors, _first(columns.vectors, size)
+    pull = functools.partial(_tiles.pull_item_by_item, _matches(plan), ITEMS, matched, ())
+    if plan.detach_candidates:
+        (queries, _), (_, prepared) = pull(cotangents.row_matches), pull(cotangents.column_matches)
+    else:
+        queries, prepared = pull(cotangents.row_matches + cotangents.column_matches)
+    if size < columns.ids.shape[0]:
+        prepared = _tiles.put(_tiles.zeros(columns.vectors), prepared, jnp.int32(0))
+    return queries, prepared
 
 
 def _over_tiles(plan, rows, columns, tile, state):

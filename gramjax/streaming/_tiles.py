@@ -82,6 +82,14 @@ def _forward(function, size, inputs, fixed):
 
 def _backward(function, size, residuals, cotangents):
     inputs, fixed = residuals
+    return pull_item_by_item(function, size, inputs, fixed, cotangents), None
+
+
+_item_by_item.defvjp(_forward, _backward)
+
+
+def pull_item_by_item(function: Callable, size: int, inputs: Any, fixed: Any, cotangents: Any) -> Any:
+    """Cotangents of the inputs of `item_by_item`, from those of what it returns."""
     items = jax.tree.leaves(inputs)[0].shape[0]
 
     def body(i, gradients):
@@ -90,7 +98,5 @@ def _backward(function, size, residuals, cotangents):
         _, pull = jax.vjp(lambda part: function(part, unchanged), part)
         return put(gradients, pull(received)[0], start)
 
-    return jax.lax.fori_loop(0, number(items, size), body, zeros(inputs)), None
-
-
-_item_by_item.defvjp(_forward, _backward)
+    size = min(size, items)
+    return jax.lax.fori_loop(0, number(items, size), body, zeros(inputs))

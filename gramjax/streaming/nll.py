@@ -32,8 +32,6 @@ The columns of the score matrix travel round the devices, each of which keeps it
 its share of the batch only. `ids` must be comparable across devices; without `ids` all examples differ.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -43,15 +41,13 @@ from jaxtyping import Array, Bool, Float
 from gramjax import _checks, _devices, _reduction
 from gramjax.scores import Score, check_inputs
 from gramjax.streaming import _tiles
-from gramjax.streaming._engine import Plan, Scalars, Side, statistics
+from gramjax.streaming._engine import ITEMS, Plan, Scalars, Side, reduce
 from gramjax.streaming._statistics import LogSumExp, Partition, SoftplusSum, Statistic
 
 # Up to this many entries the whole score matrix is built unless `block_size` says otherwise.
 _WHOLE = 512 * 512
 # Rows and columns of a tile: a few MB, which stay in a processor's cache.
 _TILE = (512, 512)
-# Items that are prepared at a time.
-_ITEMS = 1024
 
 
 @_devices.over_mesh("queries", "gallery", "query_where", "gallery_where", "weights", "ids")
@@ -128,7 +124,7 @@ def prepare(score: Score, gallery: Array, gallery_where: Array, ids, axis_name: 
         ids = number * _devices.position(axis_name) + jnp.arange(number, dtype=jnp.int32)
     else:
         ids = _checks.ids("ids", ids, number)
-    prepared = _tiles.item_by_item(score.prepare, _ITEMS, gallery, gallery_where)
+    prepared = _tiles.item_by_item(score.prepare, ITEMS, gallery, gallery_where)
     return Side(prepared, ids, score.usable(gallery_where))
 
 
@@ -139,18 +135,14 @@ def contrastive_terms(
     """Loss of each example `[Q]` and which examples have one; the other arguments as for `contrastive_nll`."""
     scale = _checks.real_scalar("scale", scale, queries.dtype)
     label_smoothing = _checks.fraction("label_smoothing", label_smoothing)
-    rows, matches = _rows(queries, query_where, items)
     statistic = LogSumExp(sums=label_smoothing > 0)
+    rows = _rows(queries, query_where, items)
     plan = _plan(score, statistic, rows, items, symmetric, detach_candidates, block_size, axis_name)
-    of_rows, of_columns = statistics(plan, rows, items, Scalars(scale))
-    fixed_queries, fixed_matches = (
-        jax.lax.stop_gradient((queries, matches)) if detach_candidates else (queries, matches)
-    )
-    losses = _softmax_losses(of_rows, scale * _pairs(score, queries, fixed_matches), label_smoothing)
+    reduced = reduce(plan, rows, items, Scalars(scale))
+    losses = _softmax_losses(reduced.rows, scale * reduced.row_matches, label_smoothing)
     if symmetric:
-        matched = jax.tree.map(lambda x: x[: queries.shape[0]], of_columns)
-        positives = scale * _pairs(score, fixed_queries, matches)
-        losses = 0.5 * (losses + _softmax_losses(matched, positives, label_smoothing))
+        matched = jax.tree.map(lambda x: x[: queries.shape[0]], reduced.columns)
+        losses = 0.5 * (losses + _softmax_losses(matched, scale * reduced.column_matches, label_smoothing))
     return losses, query_where & items.present[: queries.shape[0]]
 
 
@@ -233,10 +225,10 @@ def sigmoid_nll(
     scale = _checks.real_scalar("scale", scale, queries.dtype)
     bias = _checks.real_scalar("bias", bias, queries.dtype)
     items = prepare(score, gallery, gallery_where, ids, axis_name)
-    rows, matches = _rows(queries, query_where, items)
+    rows = _rows(queries, query_where, items)
     plan = _plan(score, SoftplusSum(), rows, items, False, False, block_size, axis_name)
-    repelled, _ = statistics(plan, rows, items, Scalars(scale, bias))
-    attracted = jax.nn.softplus(-(scale * _pairs(score, queries, matches) + bias))
+    reduced = reduce(plan, rows, items, Scalars(scale, bias))
+    attracted, repelled = jax.nn.softplus(-(scale * reduced.row_matches + bias)), reduced.rows
     valid = query_where & items.present[: queries.shape[0]]
     return _reduction.reduce(attracted + repelled, valid, weights, reduction, axis_name)
 
@@ -252,20 +244,8 @@ def _check_pairs(queries, gallery, query_where, gallery_where) -> tuple[Array, A
     return jnp.where(query_where[:, None], queries, 0.0), gallery, query_where, gallery_where
 
 
-def _rows(queries: Array, query_where: Array, items: Side) -> tuple[Side, Any]:
-    """The rows of the score matrix, and the prepared items that match them."""
-    if queries.shape[0] == items.ids.shape[0]:
-        return Side(queries, items.ids, query_where), items.vectors
-    ids, matches = jax.tree.map(lambda x: x[: queries.shape[0]], (items.ids, items.vectors))
-    return Side(queries, ids, query_where), matches
-
-
-def _pairs(score: Score, queries: Array, matches) -> Array:
-    return _tiles.item_by_item(_matched(score), _ITEMS, (queries, matches))
-
-
-def _matched(score: Score):
-    return lambda inputs, _: score.pairs(*inputs)
+def _rows(queries: Array, query_where: Array, items: Side) -> Side:
+    return Side(queries, items.ids[: queries.shape[0]], query_where)
 
 
 def _plan(
