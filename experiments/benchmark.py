@@ -159,8 +159,12 @@ def compare(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
 def unit_vectors(batch: int, k: int, dim: int) -> jax.Array:
     """Loosely related unit vectors, float32."""
     rng = np.random.default_rng(0)
-    z = rng.normal(size=(batch, 1, dim)) + rng.normal(size=(batch, k, dim))
-    return jnp.asarray(z / np.linalg.norm(z, axis=-1, keepdims=True), jnp.float32)
+    z = np.empty((batch, k, dim), np.float32)
+    for start in range(0, batch, 1024):  # in parts, so that making them is not what takes the most memory
+        part = z[start : start + 1024]
+        part[:] = rng.normal(size=(len(part), 1, dim)) + rng.normal(size=part.shape)
+        part /= np.linalg.norm(part, axis=-1, keepdims=True)
+    return jnp.asarray(z)
 
 
 def against_other_forms(options: Options) -> list[Row]:
@@ -227,11 +231,14 @@ def devices(options: Options) -> list[Row]:
 
 def _peak(batch: int, k: int, dim: int) -> Row:
     z = unit_vectors(batch, k, dim)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_so_far()
     jax.block_until_ready(value_and_gradient(losses.gram_loss, z)())
+    return {"batch": batch, "modalities": k, "dim": dim, "bytes": _peak_so_far(), "bytes_before": before}
+
+
+def _peak_so_far() -> int:
     # In kilobytes on Linux, in bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"batch": batch, "modalities": k, "dim": dim, "bytes": peak, "bytes_before": before * 1024}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _on_devices(count: int, batch: int, k: int, dim: int, repeats: int) -> Row:
@@ -294,9 +301,11 @@ def curves(rows: list[Row], options: Options) -> dict[tuple[str, str, str], dict
     panels: dict[tuple[str, str, str], dict[str, figures.Curve]] = {}
 
     def add(panel, label, x, y, chosen):
-        points = sorted({(row[x], row[y]) for row in chosen})
+        points: dict[float, float] = {}
+        for row in chosen:
+            points[row[x]] = min(row[y], points.get(row[x], float("inf")))
         if points:
-            panels.setdefault(panel, {})[label] = [point[0] for point in points], [point[1] for point in points]
+            panels.setdefault(panel, {})[label] = sorted(points), [points[at] for at in sorted(points)]
 
     timed = [row for row in rows if "against" in row and row["study"] != "spectrum"]
     for k in (few, many):
