@@ -92,8 +92,10 @@ def _at_once(plan, rows, columns, scalars):
 
     # Without `detach_candidates` both directions see the same scores, which XLA computes once.
     by_row, row_matches = gather(rows.vectors, fixed_columns, of_rows, 1)
+    if not plan.both:
+        return Reduced(by_row, None, row_matches, row_matches)
     by_column, column_matches = gather(fixed_rows, columns.vectors, of_columns, 0)
-    return Reduced(by_row, by_column if plan.both else None, row_matches, column_matches)
+    return Reduced(by_row, by_column, row_matches, column_matches)
 
 
 def _matches(plan):
