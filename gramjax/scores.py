@@ -28,6 +28,7 @@ from aligned, and for `Cosine`, lower precision is a fair trade for speed.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -510,12 +511,12 @@ def _determinant_of_rest(basis: Array, directions: tuple[Array, ...], precision)
         for a in range(p)
         for b in range(a, p)
     }
-    determinant = None
+    pivots = []
     for a in range(p):
         pivot = jnp.maximum(rest[a, a], 0.0)
-        determinant = pivot if determinant is None else determinant * pivot
+        pivots.append(pivot)
         inverse = jnp.where(pivot > 0, 1.0 / jnp.where(pivot > 0, pivot, 1.0), 0.0)
         for b in range(a + 1, p):
             for c in range(b, p):
                 rest[b, c] = rest[b, c] - rest[a, b] * rest[a, c] * inverse
-    return determinant
+    return functools.reduce(jnp.multiply, pivots)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 
@@ -44,7 +45,7 @@ def fold(
     if not number_of_rows:
         return state
     row_block, column_block = _tile_shape(number_of_rows, number_of_columns, block_size)
-    state = match_varying(state, (rows, columns))
+    state = vary_like(state, (rows, columns))
     blocks_of_rows = -(-number_of_rows // row_block)
     padding = blocks_of_rows * row_block - number_of_rows
 
@@ -59,7 +60,7 @@ def fold(
         tile = Tile(load(content), position, position >= number * column_block)
         if blocks_of_rows == 1:
             return update(state, rows, tile), None
-        return jax.lax.map(lambda block: update(*block, tile), (state, blocked_rows)), None
+        return jax.lax.map(lambda block: update(block[0], block[1], tile), (state, blocked_rows)), None
 
     if blocks_of_rows > 1:
         # Padded rows are computed like the others and cut off at the end.
@@ -71,7 +72,7 @@ def fold(
     return state
 
 
-def match_varying(tree: Any, like: Any) -> Any:
+def vary_like(tree: Any, like: Any) -> Any:
     """`tree` typed as different on every device over whose axes `like` is, as `jax.shard_map` wants of a loop's state.
 
     Outside `shard_map`, and inside it without these types (`check_vma=False`), it is `tree` itself.
@@ -112,6 +113,17 @@ def axis_size(axis_name: str) -> int:
         raise ValueError(
             f"axis_name {axis_name!r} is not an axis here: outside jax.shard_map (or pmap), leave it out or give mesh=."
         ) from None
+
+
+def check_axis(axis_name: str | None, mesh: Mesh | None) -> str | None:
+    """The axis over which arrays are divided: with a mesh one of its axes, by default the first."""
+    if mesh is None:
+        if axis_name is not None:
+            axis_size(axis_name)
+        return axis_name
+    if axis_name is not None and axis_name not in mesh.axis_names:
+        raise ValueError(f"axis_name must be one of the mesh's axes {mesh.axis_names}, got {axis_name!r}.")
+    return mesh.axis_names[0] if axis_name is None else axis_name
 
 
 def check_block_size(block_size: int | None) -> None:

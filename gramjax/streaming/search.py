@@ -193,7 +193,7 @@ def _top_k(rows, items, *, score, k, load, place):
 
         def update(found, rows, tile):
             index = first + tile.position
-            goodness = _goodness(score, *rows, *tile.content, tile.fresh & (index < place.total))
+            goodness = _goodness(score, rows, tile.content, tile.fresh & (index < place.total))
             best, position = jax.lax.top_k(goodness, min(k, goodness.shape[1]))
             # What was found before has lower indices and comes first, so ties fall to the lowest.
             return _best_of(k, (found[0], best), (found[1], index[position]))
@@ -225,11 +225,11 @@ def _ranks(rows, columns, *, score, load, place):
 
         def examine(rows, tile):
             *queries, query_ids = rows
-            (prepared, usable), gallery_ids = tile.content
+            content, gallery_ids = tile.content
             counted = tile.fresh & (first + tile.position < place.total)
             right = query_ids[:, None] == gallery_ids[None, :]
             right, wrong = right & counted[None, :], ~right & counted[None, :]
-            return right, wrong, lambda: _goodness(score, *queries, prepared, usable, counted)
+            return right, wrong, lambda: _goodness(score, queries, content, counted)
 
         def best_right(state, rows, tile):
             right, _, goodness = examine(rows, tile)
@@ -258,8 +258,9 @@ def _ranks(rows, columns, *, score, load, place):
     return place.run(body, rows, columns)
 
 
-def _goodness(score, queries, query_where, prepared, usable, counted) -> Array:
+def _goodness(score, rows, content, counted) -> Array:
     """Scores `[q, n]` turned so that higher is better; `-inf` for what cannot be found."""
+    (queries, query_where), (prepared, usable) = rows, content
     scores = score.tile(queries, prepared) if queries.ndim == 2 else score.tile_sets(queries, query_where, prepared)
     goodness = scores if score.higher_is_better else -scores
     possible = _any_present(query_where)[:, None] & (usable & counted)[None, :] & ~jnp.isnan(goodness)
@@ -322,12 +323,9 @@ def _check_place(items, block_size, axis_name, mesh) -> tuple:
     size = _leading(items)
     if not size:
         raise ValueError("gallery must hold at least one item, got none.")
-    if mesh is None:
-        return size * (1 if axis_name is None else rowwise.axis_size(axis_name)), block_size, axis_name, mesh
-    axis_name = mesh.axis_names[0] if axis_name is None else axis_name
-    if axis_name not in mesh.axis_names:
-        raise ValueError(f"axis_name must be one of the mesh's axes {mesh.axis_names}, got {axis_name!r}.")
-    return size, block_size, axis_name, mesh
+    axis_name = rowwise.check_axis(axis_name, mesh)
+    inside = mesh is None and axis_name is not None
+    return size * (rowwise.axis_size(axis_name) if inside else 1), block_size, axis_name, mesh
 
 
 def _check_ids(name: str, ids, size: int, axis: str) -> Array:

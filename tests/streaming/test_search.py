@@ -266,7 +266,10 @@ def test_bad_input():
     with pytest.raises(TypeError, match="k must be an integer, got float"):
         top_k(queries, gallery, 2.0)
     mesh = _mesh((2,), ("data",), AxisType.Auto)
-    for function in (functools.partial(streamed_top_k, scores.Volume(), k=1), functools.partial(streamed_ranks, scores.Volume())):  # fmt: skip
+    for function in (
+        functools.partial(streamed_top_k, scores.Volume(), k=1),
+        functools.partial(streamed_ranks, scores.Volume()),
+    ):
         with pytest.raises(ValueError, match="gallery must hold at least one item, got none"):
             function(queries, gallery[:0])
         with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
@@ -287,7 +290,7 @@ def test_bad_input():
             function(queries.astype(jnp.int32), gallery)
         with pytest.raises(ValueError, match=r"queries must have shape \[queries, dim\], got shape \(4,\)"):
             function(queries[0], gallery)
-        with pytest.raises(ValueError, match="axis_name 'data' is not an axis here: outside jax.shard_map"):
+        with pytest.raises(ValueError, match=r"axis_name 'data' is not an axis here: outside jax\.shard_map"):
             function(queries, gallery, axis_name="data")
         with pytest.raises(ValueError, match=r"axis_name must be one of the mesh's axes \('data',\), got 'model'"):
             function(queries, gallery, mesh=mesh, axis_name="model")
