@@ -324,8 +324,8 @@ def _check_place(items, block_size, axis_name, mesh) -> tuple:
     if not size:
         raise ValueError("gallery must hold at least one item, got none.")
     axis_name = rowwise.check_axis(axis_name, mesh)
-    inside = mesh is None and axis_name is not None
-    return size * (rowwise.axis_size(axis_name) if inside else 1), block_size, axis_name, mesh
+    devices = rowwise.axis_size(axis_name) if mesh is None and axis_name is not None else 1
+    return size * devices, block_size, axis_name, mesh
 
 
 def _check_ids(name: str, ids, size: int, axis: str) -> Array:

@@ -51,8 +51,7 @@ def _probabilities(score, queries, gallery, masks, draw, temperature, share=None
     return result
 
 
-@directions
-@pytest.mark.parametrize("score", [scores.Cosine(), scores.Volume()], ids=["higher", "lower"])
+@pytest.mark.parametrize(("score", "draw"), [(scores.Cosine(), "items"), (scores.Volume(), "queries")], ids=str)
 @pytest.mark.parametrize("rule", [{"uniform_share": 0.0}, {"uniform_share": 0.3}, {"floor": 0.02}], ids=str)
 def test_distribution_is_that_of_the_dense_matrix(score, draw, rule):
     """Chi-square over 4,000 keys for every row; the seeds are fixed, so it does not fail by chance."""
@@ -102,10 +101,10 @@ def test_tiles_and_devices_do_not_change_the_negatives(draw):
     key = jax.random.key(3)
     expected = np.asarray(sample_hard_negatives(key, scores.Volume(), queries, gallery, **options))
     assert np.sum(expected >= 0) > 100
-    for block_size in (1, 50, 64):
+    for block_size in (1, 50):
         again = sample_hard_negatives(key, scores.Volume(), queries, gallery, block_size=block_size, **options)
         np.testing.assert_array_equal(again, expected)
-    for shape, kind in (((4,), AxisType.Auto), ((8,), AxisType.Explicit), ((2, 2), AxisType.Auto)):
+    for shape, kind in (((4,), AxisType.Explicit), ((2, 2), AxisType.Auto)):
         names = ("data", "model")[: len(shape)]
         mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=jax.devices()[: np.prod(shape)])
         place = NamedSharding(mesh, PartitionSpec("data"))
@@ -168,7 +167,7 @@ def test_bad_input():
         sample(queries, gallery, floor=-1.0)
     with pytest.raises(ValueError, match="temperature must be positive"):
         sample(queries, gallery, temperature=0.0)
-    with pytest.raises(ValueError, match="draw must be .*, got 'both'"):
+    with pytest.raises(ValueError, match=r"draw must be .*, got 'both'"):
         sample(queries, gallery, draw="both")
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         sample(queries, gallery, block_size=0)
