@@ -28,6 +28,7 @@ from aligned, and for `Cosine`, lower precision is a fair trade for speed.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -65,6 +66,20 @@ class Score(Protocol):
         ...
 
 
+@runtime_checkable
+class SetScore(Score, Protocol):
+    """A score whose queries may have several modalities themselves (text and sound, looking for a video)."""
+
+    def tile_sets(
+        self,
+        queries: Float[Array, "queries modality dim"],
+        where: Bool[Array, "queries modality"],
+        prepared: Any,
+    ) -> Float[Array, "queries items"]:
+        """Scores of every query with every item; absent modalities of a query are 0 and count for nothing."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _InnerProduct:
     """Scores that are the inner product of the query with one vector `[n, d]` for each item."""
@@ -84,14 +99,17 @@ class _InnerProduct:
         """`[n, d], [n, d] -> [n]`."""
         return jnp.sum(queries * prepared, axis=-1)
 
+    def tile_sets(self, queries, where, prepared):
+        """Mean of the scores of the query's modalities: the score of their mean."""
+        return self.tile(_mean_of_present(queries, where), prepared)
+
 
 class Cosine(_InnerProduct):
     """Mean inner product of the query with the modalities of the item: their mean cosine for unit vectors."""
 
     def prepare(self, gallery, where):
         """Mean of the present modalities, `[n, d]`: the mean of inner products is the product with the mean."""
-        count = jnp.sum(where, axis=-1, keepdims=True).astype(gallery.dtype)
-        return jnp.sum(jnp.where(where[..., None], gallery, 0.0), axis=-2) / jnp.maximum(count, 1.0)
+        return _mean_of_present(gallery, where)
 
 
 class LeadingDirection(_InnerProduct):
@@ -108,6 +126,10 @@ class Multilinear(_InnerProduct):
     def prepare(self, gallery, where):
         """Elementwise product of the present modalities, `[n, d]`."""
         return jnp.prod(jnp.where(where[..., None], gallery, 1.0), axis=-2)
+
+    def tile_sets(self, queries, where, prepared):
+        """The product runs over the query's modalities as well."""
+        return self.tile(self.prepare(queries, where), prepared)
 
 
 class Span(NamedTuple):
@@ -143,6 +165,16 @@ class Residual:
         """Norm of the residual vector itself: no digits are lost when the query lies close to the span."""
         return _distance(queries, prepared.basis)
 
+    def tile_sets(self, queries, where, prepared):
+        """Volume of what the item's span leaves of the query's modalities, `[q, n]`.
+
+        With orthonormal bases `s` of the query and `q` of the item it is `Vol(query) sqrt(det(I - C C^T))`, where
+        `C_al = s_a . q_l`: the volume between the two spans, free of the lengths and angles within either.
+        """
+        basis = linalg.orthonormal_basis(queries, where)
+        between = _safe_sqrt(_determinant_of_rest(basis, prepared.basis, self.precision), jnp.ones((), queries.dtype))
+        return between * linalg.volume(queries, where)[:, None]
+
 
 class Volume(Residual):
     """Volume of the parallelotope spanned by the query and the item's modalities (GRAM, equation 3).
@@ -157,6 +189,10 @@ class Volume(Residual):
     def pairs(self, queries, prepared):
         """`Vol(x_i)` times the norm of the residual vector."""
         return super().pairs(queries, prepared) * prepared.volume
+
+    def tile_sets(self, queries, where, prepared):
+        """Volume of all modalities of both, `[q, n]`."""
+        return super().tile_sets(queries, where, prepared) * prepared.volume[None, :]
 
 
 class Line(NamedTuple):
@@ -479,3 +515,32 @@ def _safe_sqrt(squares: Array, size: Array) -> Array:
     told_apart = squares > float(jnp.finfo(squares.dtype).eps) * size
     smooth = jnp.sqrt(jnp.where(told_apart, squares, 1.0))
     return jnp.where(told_apart, smooth, jax.lax.stop_gradient(jnp.sqrt(squares)))
+
+
+def _mean_of_present(vectors: Array, where: Array) -> Array:
+    count = jnp.sum(where, axis=-1, keepdims=True).astype(vectors.dtype)
+    return jnp.sum(jnp.where(where[..., None], vectors, 0.0), axis=-2) / jnp.maximum(count, 1.0)
+
+
+def _determinant_of_rest(basis: Array, directions: tuple[Array, ...], precision) -> Array:
+    """`det(I - C C^T)` with `C_al = basis_a . directions_l`, `[q, p, d]` and `m` of `[n, d]` -> `[q, n]`.
+
+    The matrix is positive semidefinite with entries of at most 1: it is eliminated without pivoting, entry by entry
+    over whole tiles, and what rounding leaves of a vanishing pivot is 0. A zero row of `basis` changes nothing.
+    """
+    p = basis.shape[1]
+    products = [[_products(basis[:, a], direction, precision) for direction in directions] for a in range(p)]
+    rest = {
+        (a, b): float(a == b) - sum(x * y for x, y in zip(products[a], products[b]))
+        for a in range(p)
+        for b in range(a, p)
+    }
+    pivots = []
+    for a in range(p):
+        pivot = jnp.maximum(rest[a, a], 0.0)
+        pivots.append(pivot)
+        inverse = jnp.where(pivot > 0, 1.0 / jnp.where(pivot > 0, pivot, 1.0), 0.0)
+        for b in range(a + 1, p):
+            for c in range(b, p):
+                rest[b, c] = rest[b, c] - rest[a, b] * rest[a, c] * inverse
+    return functools.reduce(jnp.multiply, pivots)

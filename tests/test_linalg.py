@@ -264,6 +264,28 @@ def test_bad_mask(function, unchecked_signatures):
         function(jnp.ones((2, 3, 4)), jnp.ones((2, 3), jnp.int32))
 
 
+@pytest.mark.parametrize("n", [256, 250])
+def test_blocks_do_not_change_spectra(n, monkeypatch):
+    """On CPU large batches are gone through block by block."""
+    z = jnp.asarray(_sets(3, "random", batch=n))
+
+    def value_and_gradient():
+        weights = jnp.linspace(0.5, 1.5, 24)
+        return jax.jit(
+            jax.value_and_grad(
+                lambda z: sum(jnp.sum(jnp.sin(x) * weights[: x.shape[-1]][None]) for x in linalg.spectrum(z))
+            )
+        )(z)
+
+    expected = value_and_gradient()
+    monkeypatch.setattr(linalg, "_BLOCK_BYTES", 2**10)
+    assert linalg._blocks(z).ndim == (4 if n == 256 else 3)
+    again = value_and_gradient()
+    np.testing.assert_allclose(again[0], expected[0], rtol=1e-5)
+    # Where two singular values nearly coincide the direction turns fast, and so rounding counts for more.
+    np.testing.assert_allclose(again[1], expected[1], atol=1e-4 * np.max(np.abs(expected[1])))
+
+
 def test_compiles_once_for_each_shape():
     def spectrum(z):
         return linalg.singular_values(z)
