@@ -366,11 +366,8 @@ def _differential(decomposition: _Decomposition, z: Array, tangent: Array) -> tu
     values, mixing, weights, _ = decomposition
     k = z.shape[1]
     moves = _vectors(tangent)
-    products = [jnp.stack([jnp.sum(z[:, m] * move, axis=-1) for move in moves]) for m in range(k)]
-    # Without the barrier XLA fuses all that follows (or, in reverse, precedes) into the pass over the vectors, and
-    # does it again for each of their entries.
-    products = jax.lax.optimization_barrier(jnp.stack(products))  # [m, l, n]
-    # b[i, j] = sum_ml weights[i, m] products[m, l] mixing[j, l]
+    products = jnp.stack([jnp.stack([jnp.sum(z[:, m] * move, axis=-1) for move in moves]) for m in range(k)])
+    # b[i, j] = sum_ml weights[i, m] products[m, l] mixing[j, l], batch last
     b = jnp.sum(weights[:, :, None] * products[None], axis=1)
     b = jnp.sum(b[:, None] * mixing[None], axis=2)
     leading = values[:1]
@@ -391,16 +388,21 @@ _BLOCK_BYTES = 2**20
 
 
 def _blocks(z: Array) -> Array:
-    """`[n, k, d]`, or, on CPU and where they are many, `[blocks, n / blocks, k, d]`."""
+    """`[n, k, d]`, or, on one CPU device and where they are many, `[blocks, n / blocks, k, d]`."""
     z = z if z.ndim == 3 else z.reshape((-1, *z.shape[-2:]))
     n, k, d = z.shape
     block = 32
     while n % (2 * block) == 0 and 2 * block * k * d * z.dtype.itemsize <= _BLOCK_BYTES:
         block *= 2
-    divided = any(axes is not None for axes in jax.typeof(z).sharding.spec)  # explicitly, over a mesh
-    if jax.default_backend() != "cpu" or n % block or n < 4 * block or divided:
+    if jax.default_backend() != "cpu" or n % block or n < 4 * block or not _on_one_device(z):
         return z
     return z.reshape((-1, block, k, d))
+
+
+def _on_one_device(z: Array) -> bool:
+    """Whether the array is known to lie on one device: XLA would gather one divided over a mesh to loop over it."""
+    divided = any(axes is not None for axes in jax.typeof(z).sharding.spec)
+    return not divided and (jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual)
 
 
 def _by_blocks(function: Callable, *arrays: Any) -> Any:

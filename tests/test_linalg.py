@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from gramjax import linalg
@@ -266,24 +269,37 @@ def test_bad_mask(function, unchecked_signatures):
 
 @pytest.mark.parametrize("n", [256, 250])
 def test_blocks_do_not_change_spectra(n, monkeypatch):
-    """On CPU large batches are gone through block by block."""
+    """On one CPU device large batches are gone through block by block."""
     z = jnp.asarray(_sets(3, "random", batch=n))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    alone = functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
 
-    def value_and_gradient():
+    def value_and_gradient(transform):
         weights = jnp.linspace(0.5, 1.5, 24)
-        return jax.jit(
-            jax.value_and_grad(
-                lambda z: sum(jnp.sum(jnp.sin(x) * weights[: x.shape[-1]][None]) for x in linalg.spectrum(z))
-            )
-        )(z)
+        shapes = []
 
-    expected = value_and_gradient()
+        def loss(z):
+            shapes.append(linalg._blocks(z).shape)
+            return sum(jnp.sum(jnp.sin(x) * weights[: x.shape[-1]][None]) for x in linalg.spectrum(z))
+
+        return *jax.jit(transform(jax.value_and_grad(loss)))(z), shapes[0]
+
     monkeypatch.setattr(linalg, "_BLOCK_BYTES", 2**10)
-    assert linalg._blocks(z).ndim == (4 if n == 256 else 3)
-    again = value_and_gradient()
-    np.testing.assert_allclose(again[0], expected[0], rtol=1e-5)
+    value, gradient, shape = value_and_gradient(lambda f: f)
+    assert len(shape) == 3
+    again, gradient_again, shape = value_and_gradient(alone)
+    assert len(shape) == (4 if n == 256 else 3)
+    np.testing.assert_allclose(again, value, rtol=1e-5)
     # Where two singular values nearly coincide the direction turns fast, and so rounding counts for more.
-    np.testing.assert_allclose(again[1], expected[1], atol=1e-4 * np.max(np.abs(expected[1])))
+    np.testing.assert_allclose(gradient_again, gradient, atol=1e-4 * np.max(np.abs(gradient)))
+
+
+def test_spectra_of_a_divided_batch_stay_divided(monkeypatch):
+    monkeypatch.setattr(linalg, "_BLOCK_BYTES", 2**10)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    z = jax.device_put(jnp.ones((256, 2, 8)), NamedSharding(mesh, PartitionSpec("data")))
+    compiled = jax.jit(jax.grad(lambda z: jnp.sum(linalg.leading_direction(z)))).lower(z).compile()
+    assert "all-gather" not in compiled.as_text()
 
 
 def test_compiles_once_for_each_shape():
