@@ -28,14 +28,13 @@ from aligned, and for `Cosine`, lower precision is a fair trade for speed.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gramjax import _checks, linalg
+from gramjax import _checks, _projections, linalg
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -93,7 +92,7 @@ class _InnerProduct:
 
     def tile(self, queries, prepared):
         """`[q, d], [n, d] -> [q, n]`."""
-        return _products(queries, prepared, self.precision)
+        return _projections.products(queries, prepared, self.precision)
 
     def pairs(self, queries, prepared):
         """`[n, d], [n, d] -> [n]`."""
@@ -158,12 +157,14 @@ class Residual:
     def tile(self, queries, prepared):
         """`sqrt(|t|^2 - sum_l (q_l . t)^2)`, `[q, n]`; one product for each modality, squared as it is accumulated."""
         lengths = jnp.sum(jnp.square(queries), axis=-1, keepdims=True)
-        projected = sum(jnp.square(_products(queries, direction, self.precision)) for direction in prepared.basis)
-        return _safe_sqrt(lengths - projected, lengths)
+        projected = sum(
+            jnp.square(_projections.products(queries, direction, self.precision)) for direction in prepared.basis
+        )
+        return _projections.safe_sqrt(lengths - projected, lengths)
 
     def pairs(self, queries, prepared):
         """Norm of the residual vector itself: no digits are lost when the query lies close to the span."""
-        return _distance(queries, prepared.basis)
+        return _projections.distance(queries, prepared.basis)
 
     def tile_sets(self, queries, where, prepared):
         """Volume of what the item's span leaves of the query's modalities, `[q, n]`.
@@ -172,7 +173,9 @@ class Residual:
         `C_al = s_a . q_l`: the volume between the two spans, free of the lengths and angles within either.
         """
         basis = linalg.orthonormal_basis(queries, where)
-        between = _safe_sqrt(_determinant_of_rest(basis, prepared.basis, self.precision), jnp.ones((), queries.dtype))
+        between = _projections.safe_sqrt(
+            _projections.determinant_of_rest(basis, prepared.basis, self.precision), jnp.ones((), queries.dtype)
+        )
         return between * linalg.volume(queries, where)[:, None]
 
 
@@ -238,10 +241,10 @@ class Triangle:
         """`[q, d]`, lines -> `[q, n]`."""
         squares = jnp.sum(jnp.square(queries), axis=-1, keepdims=True)
         size = squares + jnp.sum(jnp.square(prepared.foot), axis=-1)[None, :]
-        distance = size - 2.0 * _products(queries, prepared.foot, self.precision)
-        distance = distance - jnp.square(_products(queries, prepared.direction, self.precision))
+        distance = size - 2.0 * _projections.products(queries, prepared.foot, self.precision)
+        distance = distance - jnp.square(_projections.products(queries, prepared.direction, self.precision))
         if self.square_root:
-            return 0.5 * prepared.length[None, :] * _safe_sqrt(distance, size)
+            return 0.5 * prepared.length[None, :] * _projections.safe_sqrt(distance, size)
         return 0.5 * jnp.square(prepared.length)[None, :] * jnp.maximum(distance, 0.0)
 
     def pairs(self, queries, prepared):
@@ -475,72 +478,6 @@ def check_inputs(queries, gallery, gallery_where) -> tuple[Array, Array, Array]:
     return queries.astype(dtype), gallery.astype(dtype), where
 
 
-@jax.custom_jvp
-def _distance(queries: Array, basis: tuple[Array, ...]) -> Array:
-    """Distance `[n]` of each query `[n, d]` from the span of its orthonormal vectors, each `[n, d]` or 0."""
-    return linalg.safe_norm(*_residuals(queries, basis))
-
-
-@_distance.defjvp
-def _distance_jvp(primals, tangents):
-    """`d|r| = (dt - sum_l (q_l . t) dq_l) . r / |r|`, because the residual is orthogonal to every `q_l`; 0 at 0."""
-    (queries, basis), (turned_queries, turned_basis) = primals, tangents
-    residuals, told_apart = _residuals(queries, basis)
-    distance = linalg.safe_norm(residuals, told_apart)
-    unit = residuals * jnp.where(told_apart, 1.0 / jnp.where(told_apart, distance, 1.0), 0.0)[:, None]
-    moved = turned_queries
-    for direction, turned in zip(basis, turned_basis):
-        moved = moved - jnp.sum(direction * queries, axis=-1, keepdims=True) * turned
-    return distance, jnp.sum(unit * moved, axis=-1)
-
-
-def _residuals(queries: Array, basis: tuple[Array, ...]) -> tuple[Array, Array]:
-    """What is left of the queries outside the span, projected twice, and where that is more than rounding."""
-    residuals = queries
-    for _ in range(2):
-        for direction in basis:
-            residuals = residuals - jnp.sum(direction * residuals, axis=-1, keepdims=True) * direction
-    noise = 2 * len(basis) * float(jnp.finfo(queries.dtype).eps)
-    squares = jax.lax.stop_gradient(jnp.sum(jnp.square(residuals), axis=-1))
-    return residuals, squares > noise**2 * jnp.sum(jnp.square(queries), axis=-1)
-
-
-def _products(queries: Array, items: Array, precision) -> Array:
-    return jax.lax.dot_general(queries, items, (((1,), (1,)), ((), ())), precision=precision)
-
-
-def _safe_sqrt(squares: Array, size: Array) -> Array:
-    """`sqrt(max(squares, 0))`; derivative 0 where `squares` is lost in the rounding of terms of this `size`."""
-    squares = jnp.maximum(squares, 0.0)
-    told_apart = squares > float(jnp.finfo(squares.dtype).eps) * size
-    smooth = jnp.sqrt(jnp.where(told_apart, squares, 1.0))
-    return jnp.where(told_apart, smooth, jax.lax.stop_gradient(jnp.sqrt(squares)))
-
-
 def _mean_of_present(vectors: Array, where: Array) -> Array:
     count = jnp.sum(where, axis=-1, keepdims=True).astype(vectors.dtype)
     return jnp.sum(jnp.where(where[..., None], vectors, 0.0), axis=-2) / jnp.maximum(count, 1.0)
-
-
-def _determinant_of_rest(basis: Array, directions: tuple[Array, ...], precision) -> Array:
-    """`det(I - C C^T)` with `C_al = basis_a . directions_l`, `[q, p, d]` and `m` of `[n, d]` -> `[q, n]`.
-
-    The matrix is positive semidefinite with entries of at most 1: it is eliminated without pivoting, entry by entry
-    over whole tiles, and what rounding leaves of a vanishing pivot is 0. A zero row of `basis` changes nothing.
-    """
-    p = basis.shape[1]
-    products = [[_products(basis[:, a], direction, precision) for direction in directions] for a in range(p)]
-    rest = {
-        (a, b): float(a == b) - sum(x * y for x, y in zip(products[a], products[b]))
-        for a in range(p)
-        for b in range(a, p)
-    }
-    pivots = []
-    for a in range(p):
-        pivot = jnp.maximum(rest[a, a], 0.0)
-        pivots.append(pivot)
-        inverse = jnp.where(pivot > 0, 1.0 / jnp.where(pivot > 0, pivot, 1.0), 0.0)
-        for b in range(a + 1, p):
-            for c in range(b, p):
-                rest[b, c] = rest[b, c] - rest[a, b] * rest[a, c] * inverse
-    return functools.reduce(jnp.multiply, pivots)
