@@ -110,7 +110,7 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
                 return loss(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
             mesh, axis_name = given.pop("mesh"), given.get("axis_name")
-            devices = _devices_along(mesh, axis_name)
+            devices = devices_along(mesh, axis_name)
             batched = {name: jnp.asarray(given.pop(name)) for name in divided if given.get(name) is not None}
             for name, array in batched.items():
                 if array.ndim == 0 or array.shape[0] % devices:
@@ -119,23 +119,26 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
                         f"{axis_name!r}, got shape {array.shape}."
                     )
             arrays = {name: given.pop(name) for name in list(given) if isinstance(given[name], jax.Array)}
-            specs = ({name: PartitionSpec(axis_name) for name in batched}, {name: PartitionSpec() for name in arrays})
-            operands = (batched, arrays)
-            if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-                operands = jax.tree.map(lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec)), operands, specs)
             whole = PartitionSpec(axis_name) if given.get("reduction", "mean") is None else PartitionSpec()
-            sharded = jax.shard_map(
-                lambda batched, arrays: loss(**given, **batched, **arrays),
-                mesh=mesh, in_specs=specs, out_specs=whole,
+            return run_on(
+                mesh, lambda batched, arrays: loss(**given, **batched, **arrays), (batched, arrays),
+                (PartitionSpec(axis_name), PartitionSpec()), whole,
             )  # fmt: skip
-            return sharded(*operands)
 
         return wrapped  # pyright: ignore[reportReturnType]
 
     return decorate
 
 
-def _devices_along(mesh, axis_name) -> int:
+def run_on(mesh: Mesh, body: Callable, operands: tuple, specs: tuple[PartitionSpec, ...], out_specs: Any) -> Any:
+    """`body(*operands)` inside `jax.shard_map`, with one spec for all arrays of an operand."""
+    if AxisType.Explicit in mesh.axis_types:
+        operands = tuple(jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs))
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out_specs)(*operands)
+
+
+def devices_along(mesh: Mesh, axis_name: AxisName | None) -> int:
+    """Number of devices along an axis of the mesh, checked to be one."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}.")
     names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()

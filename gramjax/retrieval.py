@@ -40,7 +40,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from gramjax import _checks, scores
+from gramjax import _checks, _devices, scores
 from gramjax.scores import Score, Volume
 from gramjax.streaming import search as streamed
 
@@ -106,7 +106,7 @@ def search(
     *,
     where: Bool[Array, " queries"] | Bool[Array, "queries query_modality"] | None = None,
     block_size: int | None = None,
-    axis_name: str | None = None,
+    axis_name: _devices.AxisName | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
     """The `k` best items for each query, best first, exactly.
@@ -148,7 +148,7 @@ def ranks(
     gallery_ids: Int[Array, " items"] | None = None,
     where: Bool[Array, " queries"] | Bool[Array, "queries query_modality"] | None = None,
     block_size: int | None = None,
-    axis_name: str | None = None,
+    axis_name: _devices.AxisName | None = None,
     mesh: Mesh | None = None,
 ) -> Int[Array, " queries"]:
     """For each query, how many wrong items come before its best right item, for evaluation sets of any size.

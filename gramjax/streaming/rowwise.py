@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from gramjax import _checks, _devices
+from gramjax.streaming import _tiles
+
 
 class Tile(NamedTuple):
     """Some consecutive columns. The last tile may begin before the one before it ends: what is not `fresh` was seen."""
@@ -45,7 +48,7 @@ def fold(
     if not number_of_rows:
         return state
     row_block, column_block = _tile_shape(number_of_rows, number_of_columns, block_size)
-    state = vary_like(state, (rows, columns))
+    state = _devices.vary_over(state, _devices.varying((rows, columns)))
     blocks_of_rows = -(-number_of_rows // row_block)
     padding = blocks_of_rows * row_block - number_of_rows
 
@@ -54,10 +57,10 @@ def fold(
         return x.reshape((blocks_of_rows, row_block, *x.shape[1:]))
 
     def one_tile(state, number):
-        start = jnp.minimum(number * column_block, number_of_columns - column_block)
-        content = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, column_block), columns)
+        start, fresh = _tiles.window(number, number_of_columns, column_block)
+        content = load(_tiles.cut(columns, start, column_block))
         position = start + jnp.arange(column_block, dtype=jnp.int32)
-        tile = Tile(load(content), position, position >= number * column_block)
+        tile = Tile(content, position, jnp.ones(column_block, bool) if fresh is None else fresh)
         if blocks_of_rows == 1:
             return update(state, rows, tile), None
         return jax.lax.map(lambda block: update(block[0], block[1], tile), (state, blocked_rows)), None
@@ -65,75 +68,33 @@ def fold(
     if blocks_of_rows > 1:
         # Padded rows are computed like the others and cut off at the end.
         state, blocked_rows = jax.tree.map(split, (state, rows))
-    numbers = jnp.arange(-(-number_of_columns // column_block), dtype=jnp.int32)
+    numbers = jnp.arange(_tiles.number(number_of_columns, column_block), dtype=jnp.int32)
     state, _ = jax.lax.scan(one_tile, state, numbers)
     if blocks_of_rows > 1:
         state = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:]))[:number_of_rows], state)
     return state
 
 
-def vary_like(tree: Any, like: Any) -> Any:
-    """`tree` typed as different on every device over whose axes `like` is, as `jax.shard_map` wants of a loop's state.
-
-    Outside `shard_map`, and inside it without these types (`check_vma=False`), it is `tree` itself.
-    """
-    axes = _varying(like)
-
-    def widen(x):
-        missing = tuple(sorted(axes - _varying(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(widen, tree)
-
-
-def _varying(tree: Any) -> frozenset:
-    axes = frozenset()
-    for leaf in jax.tree.leaves(tree):
-        kind = jax.typeof(leaf)
-        kind = getattr(kind, "manual_axis_type", kind)  # where the type keeps it depends on the version of JAX
-        axes |= getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
-    return axes
-
-
-def from_all_devices(x: Array, axis_name: str) -> Array:
+def from_all_devices(x: Array, axis_name: _devices.AxisName) -> Array:
     """`[devices, ...]`: what `x` is on each device of the axis, known to be equal on all of them.
 
     A sum instead of `all_gather`, whose result counts as different on every device in the types of `shard_map`.
     """
-    own = jnp.arange(axis_size(axis_name)) == jax.lax.axis_index(axis_name)
+    own = jnp.arange(_devices.axis_size(axis_name)) == _devices.position(axis_name)
     own = own.reshape((-1, *(1 for _ in x.shape)))
     return jax.lax.psum(jnp.where(own, x[None], jnp.zeros((), x.dtype)), axis_name)
 
 
-def axis_size(axis_name: str) -> int:
-    """Devices along a mesh axis of the surrounding `shard_map`."""
-    try:
-        return jax.lax.axis_size(axis_name)
-    except NameError:
-        raise ValueError(
-            f"axis_name {axis_name!r} is not an axis here: outside jax.shard_map (or pmap), leave it out or give mesh=."
-        ) from None
-
-
-def check_axis(axis_name: str | None, mesh: Mesh | None) -> str | None:
-    """The axis over which arrays are divided: with a mesh one of its axes, by default the first."""
+def check_place(
+    block_size: int | None, axis_name: _devices.AxisName | None, mesh: Mesh | None
+) -> tuple[int | None, _devices.AxisName | None, int]:
+    """Block size, axis over which arrays are divided (by default the mesh's first) and number of devices along it."""
+    if block_size is not None:
+        block_size = _checks.size("block_size", block_size)
     if mesh is None:
-        if axis_name is not None:
-            axis_size(axis_name)
-        return axis_name
-    if axis_name is not None and axis_name not in mesh.axis_names:
-        raise ValueError(f"axis_name must be one of the mesh's axes {mesh.axis_names}, got {axis_name!r}.")
-    return mesh.axis_names[0] if axis_name is None else axis_name
-
-
-def check_block_size(block_size: int | None) -> None:
-    """Raises unless `block_size` is None or a positive integer."""
-    if block_size is None:
-        return
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"block_size must be an integer or None, got {type(block_size).__name__}.")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}.")
+        return block_size, axis_name, _devices.axis_size(axis_name)
+    axis_name = mesh.axis_names[0] if axis_name is None else axis_name
+    return block_size, axis_name, _devices.devices_along(mesh, axis_name)
 
 
 def _tile_shape(rows: int, columns: int, block_size: int | None) -> tuple[int, int]:

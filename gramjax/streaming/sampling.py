@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from gramjax import _checks
+from gramjax import _checks, _devices
 from gramjax.scores import Score, check_inputs
 from gramjax.streaming import rowwise
 
@@ -34,7 +34,7 @@ def sample_hard_negatives(
     gallery_where: Bool[Array, "batch modality"] | None = None,
     ids: Int[Array, " batch"] | None = None,
     block_size: int | None = None,
-    axis_name: str | None = None,
+    axis_name: _devices.AxisName | None = None,
     mesh: Mesh | None = None,
 ) -> Int[Array, " batch"]:
     """One hard negative for each example, drawn from `softmax(score / temperature)` over the others.
@@ -100,15 +100,12 @@ def sample_hard_negatives(
     if floor is not None and not floor >= 0.0:
         raise ValueError(f"floor must be at least 0, got {floor}.")
     if ids is not None:
-        ids = _checks.per_example("ids", ids, batch)
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"ids must be integers of shape [batch] = ({batch},), got dtype {ids.dtype}.")
-    rowwise.check_block_size(block_size)
-    axis_name = rowwise.check_axis(axis_name, mesh)
-    if mesh is not None and batch % mesh.shape[axis_name]:
+        ids = _checks.ids("ids", ids, batch)
+    block_size, axis_name, devices = rowwise.check_place(block_size, axis_name, mesh)
+    if mesh is not None and batch % devices:
         raise ValueError(
-            f"queries must have a first axis that divides over the {mesh.shape[axis_name]} devices of mesh axis "
-            f"{axis_name!r}, got shape {queries.shape}."
+            f"queries must have a first axis that divides over the {devices} devices of mesh axis {axis_name!r}, got "
+            f"shape {queries.shape}."
         )
     plan = _Plan(score, draw, floor is not None, block_size, axis_name, mesh)
     even = jnp.asarray(uniform_share if floor is None else floor, queries.dtype)
@@ -121,7 +118,7 @@ class _Plan(NamedTuple):
     draw: str
     adds_floor: bool
     block_size: int | None
-    axis_name: str | None
+    axis_name: _devices.AxisName | None
     mesh: Mesh | None
 
 
@@ -155,20 +152,15 @@ def _sample(plan: _Plan, key, scalars, examples):
     if plan.mesh is None:
         return _sample_here(plan, key, scalars, examples)
     specs = PartitionSpec(), PartitionSpec(), PartitionSpec(plan.axis_name)
-    operands = key, scalars, examples
-    if AxisType.Explicit in plan.mesh.axis_types:
-        operands = tuple(jax.reshard(x, NamedSharding(plan.mesh, spec)) for x, spec in zip(operands, specs))
     body = functools.partial(_sample_here, plan)
-    return jax.shard_map(body, mesh=plan.mesh, in_specs=specs, out_specs=specs[-1])(*operands)
+    return _devices.run_on(plan.mesh, body, (key, scalars, examples), specs, specs[-1])
 
 
 def _sample_here(plan, key, scalars, examples):
     temperature, even = scalars
     queries, gallery, query_where, where, ids = examples
     batch = queries.shape[0]
-    shards = 1 if plan.axis_name is None else rowwise.axis_size(plan.axis_name)
-    own = 0 if plan.axis_name is None else jax.lax.axis_index(plan.axis_name)
-    index = own * batch + jnp.arange(batch, dtype=jnp.int32)
+    index = batch * _devices.position(plan.axis_name) + jnp.arange(batch, dtype=jnp.int32)
     ids = index if ids is None else ids
     usable = plan.score.usable(where)
     of_queries, of_items = _Side(queries, query_where, ids, index), _Side((gallery, where), usable, ids, index)
@@ -195,21 +187,20 @@ def _sample_here(plan, key, scalars, examples):
 
     found = jnp.max(_round_the_ring(plan.axis_name, find, columns), axis=0)
     paired = query_where & usable
-    return jnp.where(paired & (jnp.sum(count, axis=0) > 0) & (shards * batch > 1), found, -1)
+    return jnp.where(paired & (jnp.sum(count, axis=0) > 0), found, -1)
 
 
 def _round_the_ring(axis_name, visit, columns):
     """`visit(columns, shard)` for the columns of every device; results stacked in the order of the devices."""
     if axis_name is None:
         return jax.tree.map(lambda x: x[None], visit(columns, 0))
-    size, own = rowwise.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    steps = [(device, (device + 1) % size) for device in range(size)]
+    size, own = _devices.axis_size(axis_name), _devices.position(axis_name)
 
     def step(columns, number):
         result = visit(columns, (own - number) % size)
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, steps), columns), result
+        return _devices.shift(columns, axis_name), result
 
-    columns = rowwise.vary_like(columns, own)
+    columns = _devices.vary_over(columns, axis_name)
     _, results = jax.lax.scan(step, columns, jnp.arange(size, dtype=jnp.int32))
     order = (own - jnp.arange(size, dtype=jnp.int32)) % size
     return jax.tree.map(lambda x: x[order], results)

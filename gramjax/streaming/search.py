@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from gramjax import _checks
+from gramjax import _checks, _devices
 from gramjax.scores import Score, SetScore
 from gramjax.streaming import rowwise
 
@@ -34,7 +34,7 @@ def streamed_top_k(
     query_where: Bool[Array, " queries"] | Bool[Array, "queries query_modality"] | None = None,
     gallery_where: Bool[Array, "items modality"] | None = None,
     block_size: int | None = None,
-    axis_name: str | None = None,
+    axis_name: _devices.AxisName | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
     """The `k` best items for each query, best first, exactly.
@@ -82,7 +82,7 @@ def streamed_ranks(
     query_where: Bool[Array, " queries"] | Bool[Array, "queries query_modality"] | None = None,
     gallery_where: Bool[Array, "items modality"] | None = None,
     block_size: int | None = None,
-    axis_name: str | None = None,
+    axis_name: _devices.AxisName | None = None,
     mesh: Mesh | None = None,
 ) -> Int[Array, " queries"]:
     """For each query, how many wrong items come before its best right item: `gramjax.metrics.retrieval_ranks` streamed.
@@ -136,7 +136,7 @@ def top_k_of(
 ) -> tuple[Array, Array]:  # fmt: skip
     """`streamed_top_k` for items in any form."""
     rows = _check_queries(score, queries, query_where)
-    place = _Place(*_check_place(items, block_size, axis_name, mesh))
+    place = _place(items, block_size, axis_name, mesh)
     if isinstance(k, bool) or not hasattr(k, "__index__"):
         raise TypeError(f"k must be an integer, got {type(k).__name__}.")
     if not 1 <= k <= place.total:
@@ -150,7 +150,7 @@ def ranks_of(
 ) -> Array:  # fmt: skip
     """`streamed_ranks` for items in any form."""
     rows = _check_queries(score, queries, query_where)
-    place = _Place(*_check_place(items, block_size, axis_name, mesh))
+    place = _place(items, block_size, axis_name, mesh)
     size = _leading(items)
     query_ids = _check_ids("query_ids", query_ids, rows[0].shape[0], "queries")
     if gallery_ids is None and mesh is None:
@@ -163,25 +163,24 @@ class _Place(NamedTuple):
     """Where the items lie: `total` of them, on one device or divided over a mesh axis."""
 
     total: int
+    devices: int
     block_size: int | None
-    axis_name: str | None
+    axis_name: _devices.AxisName | None
     mesh: Mesh | None
 
     def first_column(self, size: int) -> Array:
         """Index in the whole gallery of the first of this device's `size` items."""
-        return jnp.int32(0) if self.axis_name is None else size * jax.lax.axis_index(self.axis_name)
+        return jnp.int32(size * _devices.position(self.axis_name))
 
     def run(self, body: Callable, rows, items):
         """`body(rows, items)`, in a `shard_map` of our own if there is a mesh."""
         if self.mesh is None:
             return body(rows, items)
-        padding = -self.total % self.mesh.shape[self.axis_name]
+        padding = -self.total % self.devices
         if padding:
             items = jax.tree.map(lambda x: jnp.pad(x, ((0, padding), *((0, 0) for _ in x.shape[1:]))), items)
         specs = PartitionSpec(), PartitionSpec(self.axis_name)
-        if AxisType.Explicit in self.mesh.axis_types:
-            rows, items = (jax.reshard(x, NamedSharding(self.mesh, spec)) for x, spec in zip((rows, items), specs))
-        return jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())(rows, items)
+        return _devices.run_on(self.mesh, body, (rows, items), specs, PartitionSpec())
 
 
 @functools.partial(jax.jit, static_argnames=("score", "k", "load", "place"))
@@ -318,20 +317,13 @@ def _check_queries(score, queries, query_where) -> tuple[Array, Array]:
     return jnp.where(where[..., None], queries, 0.0), where
 
 
-def _check_place(items, block_size, axis_name, mesh) -> tuple:
-    rowwise.check_block_size(block_size)
+def _place(items, block_size, axis_name, mesh) -> _Place:
+    block_size, axis_name, devices = rowwise.check_place(block_size, axis_name, mesh)
     size = _leading(items)
     if not size:
         raise ValueError("gallery must hold at least one item, got none.")
-    axis_name = rowwise.check_axis(axis_name, mesh)
-    devices = rowwise.axis_size(axis_name) if mesh is None and axis_name is not None else 1
-    return size * devices, block_size, axis_name, mesh
+    return _Place(size * devices if mesh is None else size, devices, block_size, axis_name, mesh)
 
 
 def _check_ids(name: str, ids, size: int, axis: str) -> Array:
-    ids = jnp.arange(size, dtype=jnp.int32) if ids is None else jnp.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers of shape [{axis}] = ({size},), got dtype {ids.dtype}.")
-    if ids.shape != (size,):
-        raise ValueError(f"{name} must have shape [{axis}] = ({size},), got {ids.shape}.")
-    return ids
+    return jnp.arange(size, dtype=jnp.int32) if ids is None else _checks.ids(name, ids, size, axis)

@@ -171,7 +171,7 @@ def test_bad_input():
         sample(queries, gallery, draw="both")
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         sample(queries, gallery, block_size=0)
-    with pytest.raises(ValueError, match="axis_name 'data' is not an axis here"):
+    with pytest.raises(ValueError, match=r"axis_name must name a mesh axis of the jax\.shard_map .*, got 'data'"):
         sample(queries, gallery, axis_name="data")
     with pytest.raises(TypeError, match="ids must be integers"):
         sample(queries, gallery, ids=jnp.ones(4))
