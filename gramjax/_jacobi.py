@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gramjax import _devices
+
 # Up to here a sweep is written out, pair by pair, and compiles in about a second; beyond, XLA takes far longer.
 _WRITTEN_OUT = 4
 
@@ -27,6 +29,7 @@ def eigenvectors(gram: Float[Array, "k k n"], *, sweeps: int) -> tuple[Float[Arr
     if k == 1:
         return gram[0], jnp.ones_like(gram)
     identity = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype)[..., None], gram.shape)
+    identity = _devices.vary_over(identity, _devices.varying(gram))  # for the loop below
     if k > _WRITTEN_OUT:
         return _one_sided(gram, identity, sweeps)
     entries = {(i, j): gram[i, j] for i in range(k) for j in range(i, k)}
