@@ -172,17 +172,17 @@ def _sample_here(plan, key, scalars, examples):
         (of_queries, of_items, prepare) if plan.draw == "items" else (prepare(of_items), of_queries, lambda side: side)
     )
     fold = functools.partial(rowwise.fold, load=load, block_size=plan.block_size)
-    examine = functools.partial(_examine, plan, temperature)
+    examine, across = functools.partial(_examine, plan, temperature), _candidates(plan)
 
     def weigh(columns, _):
-        return fold(functools.partial(_add_masses, examine), _no_mass(batch, queries.dtype), rows, columns)
+        return fold(functools.partial(_add_masses, examine, across), _no_mass(batch, queries.dtype), rows, columns)
 
     masses, count = _round_the_ring(plan.axis_name, weigh, columns)
     draws = _place_targets(plan, key, even, index, masses, count)
 
     def find(columns, shard):
         nothing = jnp.zeros(batch, queries.dtype), jnp.full(batch, -1, jnp.int32), jnp.full(batch, -1, jnp.int32)
-        _, found, last = fold(functools.partial(_cross, examine), nothing, (rows, draws), columns)
+        _, found, last = fold(functools.partial(_cross, examine, across), nothing, (rows, draws), columns)
         return jnp.where(draws.shard == shard, jnp.where(found >= 0, found, last), -1)
 
     found = jnp.max(_round_the_ring(plan.axis_name, find, columns), axis=0)
@@ -207,16 +207,21 @@ def _round_the_ring(axis_name, visit, columns):
 
 
 def _examine(plan, temperature, rows, tile) -> tuple[Array, Array, Array]:
-    """Logits, which of them are candidates at all, and which are negatives; `[rows, columns]` each."""
-    columns = tile.content
-    if plan.draw == "items":
-        scores = plan.score.tile(rows.content, columns.content)
-    else:
-        scores = plan.score.tile(columns.content, rows.content).T
+    """Logits of a tile, which of them are candidates at all, and which are negatives: `[queries, items]` each.
+
+    So the candidates lie along axis 1 or 0 as `_candidates` tells: XLA reads a transposed tile many times slower.
+    """
+    columns, across = tile.content, _candidates(plan)
+    queries, items = (rows, columns) if plan.draw == "items" else (columns, rows)
+    scores = plan.score.tile(queries.content, items.content)
     logits = (scores if plan.score.higher_is_better else -scores) / temperature
-    candidates = (columns.present & tile.fresh)[None, :] & ~jnp.isnan(logits)
-    different = (rows.ids[:, None] != columns.ids[None, :]) & (rows.index[:, None] != columns.index[None, :])
+    candidates = jnp.expand_dims(columns.present & tile.fresh, 1 - across) & ~jnp.isnan(logits)
+    different = (queries.ids[:, None] != items.ids[None, :]) & (queries.index[:, None] != items.index[None, :])
     return logits, candidates, candidates & different
+
+
+def _candidates(plan) -> int:
+    return 1 if plan.draw == "items" else 0
 
 
 def _no_mass(rows: int, dtype) -> tuple[tuple[_Mass, _Mass], Array]:
@@ -224,19 +229,19 @@ def _no_mass(rows: int, dtype) -> tuple[tuple[_Mass, _Mass], Array]:
     return (nothing, nothing), jnp.zeros(rows, jnp.int32)
 
 
-def _add_masses(examine, state, rows, tile):
+def _add_masses(examine, across, state, rows, tile):
     """Masses of the negatives and of all candidates, and the number of the negatives."""
     masses, count = state
     logits, candidates, negatives = examine(rows, tile)
 
     def add(running, counted):
         counted_logits = jnp.where(counted, logits, -jnp.inf)
-        peak = jnp.maximum(running.peak, jnp.max(counted_logits, axis=1))
+        peak = jnp.maximum(running.peak, jnp.max(counted_logits, axis=across))
         finite = jnp.where(peak > -jnp.inf, peak, 0.0)
-        here = jnp.sum(jnp.exp(counted_logits - finite[:, None]), axis=1)
+        here = jnp.sum(jnp.exp(counted_logits - jnp.expand_dims(finite, across)), axis=across)
         return _Mass(peak, running.mass * jnp.exp(running.peak - finite) + here)
 
-    count = count + jnp.sum(negatives, axis=1, dtype=jnp.int32)
+    count = count + jnp.sum(negatives, axis=across, dtype=jnp.int32)
     return (add(masses[0], negatives), add(masses[1], candidates)), count
 
 
@@ -274,26 +279,30 @@ def _total(masses: _Mass) -> tuple[Array, Array]:
     return peak, jnp.sum(masses.mass * jnp.exp(masses.peak - peak[None, :]), axis=0)
 
 
-def _cross(examine, state, rows, tile):
+def _cross(examine, across, state, rows, tile):
     """Adds up a tile's weights and notes where the sum first exceeds the target, and the last weight there is."""
     reached, found, last = state
     rows, draws = rows
     logits, _, negatives = examine(rows, tile)
-    weights = jnp.where(draws.uniform[:, None], 1.0, jnp.exp(logits - draws.peak[:, None]))
+    uniform, peak = (jnp.expand_dims(x, across) for x in (draws.uniform, draws.peak))
+    weights = jnp.where(uniform, 1.0, jnp.exp(logits - peak))
     weights = jnp.where(negatives, weights, 0.0)
     # In two levels: sums of groups of columns, then the members of the one group in which the sum crosses.
-    padding = -weights.shape[1] % _GROUP
-    groups = jnp.pad(weights, ((0, 0), (0, padding))).reshape((weights.shape[0], -1, _GROUP))
-    ends = reached[:, None] + jnp.cumsum(jnp.sum(groups, axis=2), axis=1)
+    padding = [(0, -size % _GROUP if axis == across else 0) for axis, size in enumerate(weights.shape)]
+    shape = (reached.shape[0], -1, _GROUP) if across else (-1, _GROUP, reached.shape[0])
+    groups = jnp.pad(weights, padding).reshape(shape)
+    sums = jnp.sum(groups, axis=across + 1)
+    ends = reached[:, None] + jnp.cumsum(sums if across else sums.T, axis=1)
     group = jnp.sum(ends <= draws.target[:, None], axis=1)
-    crossed = (group < groups.shape[1]) & (found < 0)
-    group = jnp.minimum(group, groups.shape[1] - 1)[:, None]
-    members = jnp.take_along_axis(groups, group[:, :, None], axis=1)[:, 0]
+    crossed = (group < ends.shape[1]) & (found < 0)
+    group = jnp.minimum(group, ends.shape[1] - 1)[:, None]
+    members = jnp.take_along_axis(groups, group[:, :, None] if across else group.T[:, None], axis=across)
+    members = members[:, 0] if across else members[0].T
     start = jnp.where(group > 0, jnp.take_along_axis(ends, jnp.maximum(group - 1, 0), axis=1), reached[:, None])
     before = jnp.sum(start + jnp.cumsum(members, axis=1) <= draws.target[:, None], axis=1)
     final = _GROUP - 1 - jnp.argmax((members > 0)[:, ::-1], axis=1)
     column = group[:, 0] * _GROUP + jnp.minimum(before, final)
     index = tile.content.index
     found = jnp.where(crossed, index[jnp.minimum(column, index.shape[0] - 1)], found)
-    last = jnp.maximum(last, jnp.max(jnp.where(weights > 0, index[None, :], -1), axis=1))
+    last = jnp.maximum(last, jnp.max(jnp.where(weights > 0, jnp.expand_dims(index, 1 - across), -1), axis=across))
     return ends[:, -1], found, last
