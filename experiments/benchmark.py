@@ -1,48 +1,84 @@
 """Times the losses against the forms they replace, side by side in one run: `python -m experiments.benchmark`.
 
-Machines differ and are shared, so what counts is the ratio of two times measured alternately. The published form of the
-GRAM loss builds a `[B, B, k, k]` tensor of Gram matrices and takes their determinants; the plain form of the PMRL
-spectrum is `jnp.linalg.svd`. Prints a markdown table and writes it as JSON.
+Machines differ and are shared, so what counts is the ratio of two times measured alternately. The loss of GRAM, value
+and gradient, is compared with
+
+- the published form, a `[B, B, k, k]` tensor of Gram matrices and their determinants, in JAX and, where it is
+  installed, in PyTorch;
+- the floor of its matrix products, `4 (k - 1)` of `[B, d] x [d, B]`, at the rate of the best contiguous product of
+  this run;
+- the same scores as one `[B, B]` matrix, differentiated by JAX;
+
+the plain form of the PMRL spectrum is `jnp.linalg.svd`. Memory is the peak of a process of its own; devices are
+simulated on the processors of this machine, so that they show what the ring costs and not what it gains. Prints
+markdown tables, writes all as JSON and draws it.
 """
 
 import dataclasses
+import functools
+import importlib.util
 import json
+import os
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments import figures
 from gramjax import linalg, losses
+from gramjax.scores import volume_scores
+from gramjax.streaming import softmax_nll
+
+TEMPERATURE = 0.07
+EXACT = jax.lax.Precision.HIGHEST
+Step = Callable[[], Any]
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is timed."""
+    """What is measured."""
 
     dim: int = 512
-    batch_sizes: tuple[int, ...] = (256, 1024)
+    batch_sizes: tuple[int, ...] = (1024, 2048)
+    """Against the published form and the whole matrix, which are too large for much more."""
+    large_batch_sizes: tuple[int, ...] = (2048, 8192)
+    """Against the floor."""
     modalities: tuple[int, ...] = (3, 5)
+    memory_batch_sizes: tuple[int, ...] = (4096, 16384, 65536)
+    """With the most of `modalities`."""
+    sizes: tuple[int, ...] = (2, 3, 4, 6, 8)
+    """Numbers of modalities over which the time is drawn."""
+    dims: tuple[int, ...] = (128, 256, 512, 1024)
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    device_batch: int = 1024
+    """Examples of one device, where the batch grows with the devices."""
     spectra: int = 16384
     """Number of sets of vectors whose singular values and leading directions are computed."""
     repeats: int = 5
-    """Alternating measurements of each pair; the fastest counts."""
+    """Alternating measurements of what is compared; the fastest counts."""
     output: Path = Path("runs/benchmark.json")
+    """The picture goes beside it."""
 
 
-def published_gram_loss(z: jax.Array, temperature: float = 0.07) -> jax.Array:
+def published_gram_loss(z: jax.Array) -> jax.Array:
     """The volume loss through a determinant for every pair, as the published code computes it."""
     n, k, _ = z.shape
-    exact = jax.lax.Precision.HIGHEST
-    cross = jnp.einsum("id,jld->ijl", z[:, 0], z[:, 1:], precision=exact)
-    inner = jnp.broadcast_to(jnp.einsum("jld,jmd->jlm", z[:, 1:], z[:, 1:], precision=exact), (n, n, k - 1, k - 1))
+    cross = jnp.einsum("id,jld->ijl", z[:, 0], z[:, 1:], precision=EXACT)
+    inner = jnp.broadcast_to(jnp.einsum("jld,jmd->jlm", z[:, 1:], z[:, 1:], precision=EXACT), (n, n, k - 1, k - 1))
     corner = jnp.broadcast_to(jnp.sum(jnp.square(z[:, 0]), axis=-1)[:, None, None, None], (n, n, 1, 1))
     top = jnp.concatenate([corner, cross[:, :, None, :]], axis=3)
     gram = jnp.concatenate([top, jnp.concatenate([cross[..., None], inner], axis=3)], axis=2)
-    logits = -jnp.sqrt(jnp.abs(jnp.linalg.det(gram))) / temperature
+    logits = -jnp.sqrt(jnp.abs(jnp.linalg.det(gram))) / TEMPERATURE
     rows, columns = jax.nn.log_softmax(logits, axis=1), jax.nn.log_softmax(logits, axis=0)
     return -0.5 * jnp.mean(jnp.diagonal(rows) + jnp.diagonal(columns))
 
@@ -63,46 +99,253 @@ def spectral_loss(spectrum: Callable) -> Callable:
     return loss
 
 
-def compare(ours: Callable, theirs: Callable, z: jax.Array, repeats: int) -> tuple[float, float]:
-    """Seconds of a value and gradient of each: the fastest of alternating runs, compilation left out."""
-    steps = [jax.jit(jax.value_and_grad(f)) for f in (ours, theirs)]
-    for step in steps:
-        jax.block_until_ready(step(z))
-    best = [float("inf"), float("inf")]
+def published_gram_loss_in_torch(z: np.ndarray) -> Step:
+    """The same in PyTorch, with its gradient."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    tensor = torch.tensor(z)
+    n, k, _ = z.shape
+    target = torch.arange(n)
+
+    def step():
+        leaf = tensor.clone().requires_grad_()
+        cross = torch.einsum("id,jld->ijl", leaf[:, 0], leaf[:, 1:])
+        inner = torch.einsum("jld,jmd->jlm", leaf[:, 1:], leaf[:, 1:]).expand(n, n, k - 1, k - 1)
+        corner = leaf[:, 0].square().sum(-1)[:, None, None, None].expand(n, n, 1, 1)
+        top = torch.cat([corner, cross[:, :, None, :]], dim=3)
+        gram = torch.cat([top, torch.cat([cross[..., None], inner], dim=3)], dim=2)
+        logits = -torch.sqrt(torch.abs(torch.det(gram))) / TEMPERATURE
+        entropy = torch.nn.functional.cross_entropy
+        value = 0.5 * (entropy(logits, target) + entropy(logits.T, target))
+        value.backward()
+        return leaf.grad
+
+    return step
+
+
+def whole_matrix_gram_loss(z: jax.Array) -> jax.Array:
+    """The scores of gramjax as one matrix that JAX differentiates."""
+    logits = -volume_scores(z[:, 0], z[:, 1:]) / TEMPERATURE
+    negatives = ~jnp.eye(len(z), dtype=bool)
+    rows, columns = (softmax_nll(x, jnp.diagonal(logits), negatives, 0.0) for x in (logits, logits.T))
+    return 0.5 * jnp.mean(rows + columns)
+
+
+def value_and_gradient(loss: Callable, z: jax.Array) -> Step:
+    return functools.partial(jax.jit(jax.value_and_grad(loss)), z)
+
+
+def products(batch: int, dim: int) -> tuple[Step, float]:
+    """A contiguous matrix product, and how many of its time those of one modality and `batch` examples take."""
+    size = min(batch, 2048)
+    rng = np.random.default_rng(1)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((size, dim), (dim, size)))
+    return functools.partial(jax.jit(functools.partial(jnp.matmul, precision=EXACT)), a, b), 4 * (batch / size) ** 2
+
+
+def compare(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
+    """Seconds of each: the fastest of alternating runs, compilation left out."""
+    for step in steps.values():
+        jax.block_until_ready(step())
+    best = dict.fromkeys(steps, float("inf"))
     for _ in range(repeats):
-        for i, step in enumerate(steps):
+        for name, step in steps.items():
             began = time.perf_counter()
-            jax.block_until_ready(step(z))
-            best[i] = min(best[i], time.perf_counter() - began)
-    return best[0], best[1]
+            jax.block_until_ready(step())
+            best[name] = min(best[name], time.perf_counter() - began)
+    return best
 
 
 def unit_vectors(batch: int, k: int, dim: int) -> jax.Array:
     """Loosely related unit vectors, float32."""
     rng = np.random.default_rng(0)
-    z = rng.normal(size=(batch, 1, dim)) + rng.normal(size=(batch, k, dim))
-    return jnp.asarray(z / np.linalg.norm(z, axis=-1, keepdims=True), jnp.float32)
+    z = np.empty((batch, k, dim), np.float32)
+    for start in range(0, batch, 1024):  # in parts, so that making them is not what takes the most memory
+        part = z[start : start + 1024]
+        part[:] = rng.normal(size=(len(part), 1, dim)) + rng.normal(size=part.shape)
+        part /= np.linalg.norm(part, axis=-1, keepdims=True)
+    return jnp.asarray(z)
 
 
-def main() -> None:
-    """Time as the command line says."""
-    options = tyro.cli(Options, description=__doc__)
+def against_other_forms(options: Options) -> list[Row]:
+    """Against the published form and the whole matrix."""
     rows = []
     for k in options.modalities:
         for batch in options.batch_sizes:
             z = unit_vectors(batch, k, options.dim)
-            times = compare(losses.gram_loss, published_gram_loss, z, options.repeats)
-            rows.append(("gram_loss / [B, B, k, k] determinants", batch, k, *times))
+            steps = {
+                "gramjax": value_and_gradient(losses.gram_loss, z),
+                "published, JAX": value_and_gradient(published_gram_loss, z),
+                "whole matrix": value_and_gradient(whole_matrix_gram_loss, z),
+            }
+            if importlib.util.find_spec("torch"):
+                steps["published, PyTorch"] = published_gram_loss_in_torch(np.asarray(z))
+            rows += _rows("other forms", compare(steps, options.repeats), batch, k, options.dim)
+    return rows
+
+
+def against_the_floor(options: Options) -> list[Row]:
+    """Against the matrix products that the loss cannot do without; over batch sizes, modalities and dimensions."""
+    largest = max(options.batch_sizes)
+    shapes = [(batch, k, options.dim) for k in options.modalities for batch in options.large_batch_sizes]
+    shapes += [(largest, k, options.dim) for k in options.sizes]
+    shapes += [(largest, min(options.modalities), dim) for dim in options.dims]
+    rows = []
+    for batch, k, dim in dict.fromkeys(shapes):
+        product, times = products(batch, dim)
+        loss = value_and_gradient(losses.gram_loss, unit_vectors(batch, k, dim))
+        seconds = compare({"gramjax": loss, "products": product}, options.repeats)
+        seconds["products"] *= times * (k - 1)
+        rows += _rows("floor", seconds, batch, k, dim)
+    return rows
+
+
+def against_svd(options: Options) -> list[Row]:
+    """The spectrum of PMRL against XLA's singular value decomposition."""
+    rows = []
+    for k in options.modalities:
         z = unit_vectors(options.spectra, k, options.dim)
-        times = compare(spectral_loss(linalg.spectrum), spectral_loss(plain_spectrum), z, options.repeats)
-        rows.append(("spectrum / jnp.linalg.svd", options.spectra, k, *times))
-    print(f"value and gradient, d = {options.dim}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| what | B | k | ours, ms | theirs, ms | times faster |\n| --- | --: | --: | --: | --: | --: |")
-    for what, batch, k, ours, theirs in rows:
-        print(f"| {what} | {batch} | {k} | {1e3 * ours:.1f} | {1e3 * theirs:.1f} | {theirs / ours:.1f} |")
+        forms = {"gramjax": linalg.spectrum, "jnp.linalg.svd": plain_spectrum}
+        steps = {name: value_and_gradient(spectral_loss(form), z) for name, form in forms.items()}
+        rows += _rows("spectrum", compare(steps, options.repeats), options.spectra, k, options.dim)
+    return rows
+
+
+def memory(options: Options) -> list[Row]:
+    """Peak memory of a process that computes one value and gradient."""
+    k = max(options.modalities)
+    return [{"study": "memory", **_in_a_process(_peak, batch, k, options.dim)} for batch in options.memory_batch_sizes]
+
+
+def devices(options: Options) -> list[Row]:
+    """A batch that grows with the number of devices, and one that does not, divided over simulated devices."""
+    rows = []
+    k = min(options.modalities)
+    for study, growth in (("batch grows with the devices", 1), ("batch divided over devices", 0)):
+        for count in options.devices:
+            batch = options.device_batch * (count if growth else max(options.devices))
+            arguments = (count, batch, k, options.dim, options.repeats)
+            rows.append({"study": study, **_in_a_process(_on_devices, *arguments, devices=count)})
+    return rows
+
+
+def _peak(batch: int, k: int, dim: int) -> Row:
+    z = unit_vectors(batch, k, dim)
+    before = _peak_so_far()
+    jax.block_until_ready(value_and_gradient(losses.gram_loss, z)())
+    return {"batch": batch, "modalities": k, "dim": dim, "bytes": _peak_so_far(), "bytes_before": before}
+
+
+def _peak_so_far() -> int:
+    # In kilobytes on Linux, in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _on_devices(count: int, batch: int, k: int, dim: int, repeats: int) -> Row:
+    mesh = jax.make_mesh((count,), ("data",))
+    z = jax.device_put(np.asarray(unit_vectors(batch, k, dim)), NamedSharding(mesh, PartitionSpec("data")))
+    loss = jax.jit(jax.value_and_grad(functools.partial(losses.gram_loss, axis_name="data", mesh=mesh)))
+    compiled = loss.lower(z).compile()
+    seconds = compare({"gramjax": functools.partial(compiled, z)}, repeats)["gramjax"]
+    used = compiled.memory_analysis()
+    assert used is not None  # every backend of these versions of JAX reports it
+    held = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+    return {"batch": batch, "modalities": k, "dim": dim, "devices": count, "seconds": seconds, "bytes": held}
+
+
+def _in_a_process(function: Callable[..., Row], *arguments: int, devices: int = 1) -> Row:
+    code = (
+        f"import json; from experiments import benchmark; print(json.dumps(benchmark.{function.__name__}{arguments}))"
+    )
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "XLA_FLAGS": flags}, check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _rows(study: str, seconds: Mapping[str, float], batch: int, k: int, dim: int) -> list[Row]:
+    ours = seconds["gramjax"]
+    shape = {"study": study, "batch": batch, "modalities": k, "dim": dim, "seconds": ours}
+    return [
+        {**shape, "against": name, "seconds_against": other, "ratio": other / ours}
+        for name, other in seconds.items()
+        if name != "gramjax"
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown tables: times side by side, then what has no other side."""
+    lines = ["| study | against | B | k | d | gramjax, ms | other, ms | other / gramjax | gramjax / other |"]
+    lines.append("| --- | --- |" + " --: |" * 7)
+    for row in rows:
+        if "against" in row:
+            shape = " | ".join(str(row[name]) for name in ("study", "against", "batch", "modalities", "dim"))
+            times = f"{1e3 * row['seconds']:.1f} | {1e3 * row['seconds_against']:.1f}"
+            lines.append(f"| {shape} | {times} | {row['ratio']:.2f} | {1 / row['ratio']:.2f} |")
+    lines += ["", "| study | devices | B | k | d | ms | memory, MB |", "| --- |" + " --: |" * 6]
+    for row in rows:
+        if "bytes" in row:
+            shape = f"{row['batch']} | {row['modalities']} | {row['dim']}"
+            seconds = f"{1e3 * row['seconds']:.1f}" if "seconds" in row else ""
+            lines.append(
+                f"| {row['study']} | {row.get('devices', 1)} | {shape} | {seconds} | {row['bytes'] / 1e6:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def curves(rows: list[Row], options: Options) -> dict[tuple[str, str, str], dict[str, figures.Curve]]:
+    """What is drawn: `(title, x, y)` of a panel -> label -> points."""
+    few, many = min(options.modalities), max(options.modalities)
+    largest = max(options.batch_sizes)
+    panels: dict[tuple[str, str, str], dict[str, figures.Curve]] = {}
+
+    def add(panel, label, x, y, chosen):
+        points: dict[float, float] = {}
+        for row in chosen:
+            points[row[x]] = min(row[y], points.get(row[x], float("inf")))
+        if points:
+            panels.setdefault(panel, {})[label] = sorted(points), [points[at] for at in sorted(points)]
+
+    timed = [row for row in rows if "against" in row and row["study"] != "spectrum"]
+    for k in (few, many):
+        chosen = [row for row in timed if (row["modalities"], row["dim"]) == (k, options.dim)]
+        panel = (f"{k} modalities, d = {options.dim}", "batch", "seconds")
+        add(panel, "gramjax", "batch", "seconds", chosen)
+        for name in dict.fromkeys(row["against"] for row in chosen):
+            add(panel, name, "batch", "seconds_against", [row for row in chosen if row["against"] == name])
+    floor = [row for row in rows if row["study"] == "floor" and row["batch"] == largest]
+    for x, chosen in (
+        ("modalities", [row for row in floor if row["dim"] == options.dim]),
+        ("dim", [row for row in floor if row["modalities"] == few]),
+    ):
+        add((f"B = {largest}", x, "seconds"), "gramjax", x, "seconds", chosen)
+        add((f"B = {largest}", x, "seconds"), "products", x, "seconds_against", chosen)
+    add(
+        ("peak of the process", "batch", "bytes"),
+        "gramjax",
+        "batch",
+        "bytes",
+        [r for r in rows if r["study"] == "memory"],
+    )
+    for study in ("batch grows with the devices", "batch divided over devices"):
+        chosen = [row for row in rows if row["study"] == study]
+        add(("memory of a device", "devices", "bytes"), study, "devices", "bytes", chosen)
+        add(("time on simulated devices", "devices", "seconds"), study, "devices", "seconds", chosen)
+    return panels
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    options = tyro.cli(Options, description=__doc__)
+    rows: list[Row] = []
+    for study in (against_other_forms, against_the_floor, against_svd, devices, memory):
+        rows += study(options)
+    print(f"value and gradient, {jax.devices()[0].device_kind}, jax {jax.__version__}\n\n{table(rows)}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    names = ("what", "batch", "modalities", "seconds", "seconds_of_the_form_replaced")
-    options.output.write_text(json.dumps([dict(zip(names, row)) for row in rows], indent=1) + "\n", encoding="utf-8")
+    record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}
+    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    figures.scaling(curves(rows, options), options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

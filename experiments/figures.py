@@ -47,6 +47,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
+Curve = tuple[list[float], list[float]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """One item that came back: its picture `[H, W, 3]` in [0, 1], its name, and whether it is the right one."""
@@ -144,6 +147,32 @@ def training_curves(records: Sequence[Mapping[str, float]], path: pathlib.Path) 
             axes.set_axisbelow(True)
             if list(curves) != [panel.replace("_", " ")]:
                 axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.24), ncols=1 + (len(curves) > 3))
+        for axes in figure.axes[len(panels) :]:
+            axes.axis("off")
+        return _save(figure, path)
+
+
+def scaling(panels: Mapping[tuple[str, str, str], Mapping[str, Curve]], path: pathlib.Path) -> pathlib.Path:
+    """Doubly logarithmic curves: `(title, x axis, y axis)` of a panel -> label -> points."""
+    with mpl.rc_context(STYLE):
+        rows = -(-len(panels) // 3)
+        figure = _figure(9.0, 2.9 * rows, layout="constrained")
+        colours: dict[str, str] = {}
+        for axes, ((title, x, y), lines) in zip(np.ravel(figure.subplots(rows, 3, squeeze=False)), panels.items()):
+            for label, points in lines.items():
+                colour = colours.setdefault(label, PALETTE[len(colours) % len(PALETTE)])
+                marker = MARKERS[PALETTE.index(colour) % len(MARKERS)]
+                axes.loglog(*points, color=colour, marker=marker, markersize=4, linewidth=1.3, label=label)
+            # Only what was measured is marked on the axis.
+            ticks = sorted({value for points in lines.values() for value in points[0]})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            axes.set_title(title)
+            axes.set_xlabel(x)
+            axes.set_ylabel(y)
+            axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.legend(fontsize=7)
         for axes in figure.axes[len(panels) :]:
             axes.axis("off")
         return _save(figure, path)
@@ -284,9 +313,6 @@ def _picture(axes: Axes, picture: np.ndarray, left: float, top: float, side: flo
 def _envelope(waveform: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     parts = np.array_split(waveform / max(float(np.abs(waveform).max()), 1e-9), bins)
     return np.array([part.min() for part in parts]), np.array([part.max() for part in parts])
-
-
-Curve = tuple[list[float], list[float]]
 
 
 def _panels(series: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:

@@ -48,12 +48,29 @@ def mask(name: str, value, shape: tuple[int, ...], axes: str) -> Array:
     return array
 
 
-def per_example(name: str, value, batch: int) -> Array:
+def per_example(name: str, value, batch: int, axis: str = "batch") -> Array:
     """`value` as an array of shape `[batch]`."""
     array = jnp.asarray(value)
     if array.shape != (batch,):
-        raise ValueError(f"{name} must have shape [batch] = ({batch},), got shape {array.shape}.")
+        raise ValueError(f"{name} must have shape [{axis}] = ({batch},), got shape {array.shape}.")
     return array
+
+
+def ids(name: str, value, batch: int, axis: str = "batch") -> Array:
+    """`value` as integers of shape `[batch]`."""
+    array = per_example(name, value, batch, axis)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers of shape [{axis}] = ({batch},), got dtype {array.dtype}.")
+    return array
+
+
+def size(name: str, value: int) -> int:
+    """`value` as an integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer of at least 1, or None, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return int(value)
 
 
 def weights(name: str, value, batch: int) -> Array:

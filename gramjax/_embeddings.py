@@ -80,5 +80,9 @@ def check_embeddings(
 def split_anchor(z: Array, where: Array, anchor: int) -> tuple[Array, Array, Array, Array]:
     """`(queries [batch, d], gallery [batch, k-1, d], query_where [batch], gallery_where [batch, k-1])`."""
     anchor = _checks.index("anchor", anchor, z.shape[1], "modality")
-    others = [l for l in range(z.shape[1]) if l != anchor]
-    return z[:, anchor], z[:, jnp.array(others)], where[:, anchor], where[:, jnp.array(others)]
+
+    def others(x: Array) -> Array:
+        # Slices, not an index array: the derivative of a gather is a scatter, which is slow.
+        return jnp.concatenate([x[:, :anchor], x[:, anchor + 1 :]], axis=1)
+
+    return z[:, anchor], others(z), where[:, anchor], others(where)

@@ -6,17 +6,21 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gramjax import _checks
+from gramjax import _checks, _devices
 
 Reduction = Literal["mean", "sum"] | None
 
 
 def reduce(
-    losses: Float[Array, " batch"], valid: Bool[Array, " batch"], weights, reduction: Reduction
+    losses: Float[Array, " batch"],
+    valid: Bool[Array, " batch"],
+    weights,
+    reduction: Reduction,
+    axis_name: _devices.AxisName | None = None,
 ) -> Float[Array, ""] | Float[Array, " batch"]:
     """`sum(w l) / sum(w)` over the valid examples, `sum(w l)`, or `w l` of each example, 0 where there is no loss.
 
-    A mean over nothing is 0 with zero gradient.
+    Sums are over the devices along `axis_name` as well. A mean over nothing is 0 with zero gradient.
     """
     if reduction not in ("mean", "sum", None):
         raise ValueError(f'reduction must be "mean", "sum" or None, got {reduction!r}.')
@@ -27,10 +31,10 @@ def reduce(
     weighted = jnp.where(valid, losses, 0.0) * weight
     if reduction is None:
         return weighted
-    total = jnp.sum(weighted)
+    total = _devices.global_sum(jnp.sum(weighted), axis_name)
     if reduction == "sum":
         return total
-    mass = jnp.sum(weight)
+    mass = _devices.global_sum(jnp.sum(weight), axis_name)
     return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1.0), 0.0)
 
 

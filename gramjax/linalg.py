@@ -23,14 +23,14 @@ mode.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from gramjax import _checks
+from gramjax import _checks, _jacobi
 
 _AXES = ("...", "modality", "dim")
 
@@ -79,7 +79,7 @@ def orthonormal_basis(
            [0., 1.]], dtype=float32)
     """
     z, where = _masked(z, where)
-    return _gram_schmidt(z).basis
+    return _basis(z)
 
 
 def volume(z: Float[Array, "*batch k d"], where: Bool[Array, "*batch k"] | None = None) -> Float[Array, "*batch"]:
@@ -223,24 +223,57 @@ def _gram_schmidt(z: Array) -> _Factors:
     tolerance = _tolerance(z)
     directions: list[Array] = []
     columns: list[Array] = []
+    # A list of vectors, and elementwise products and sums, not a stack and matrix products: exact float32 on every
+    # platform, and XLA fuses it into several times fewer passes over memory.
     for l in range(k):
         residual = z[..., l, :]
-        coefficients = jnp.zeros((*z.shape[:-2], l), z.dtype)
+        coefficients = [jnp.zeros(z.shape[:-2], z.dtype)] * l
         length = jax.lax.stop_gradient(safe_norm(residual))
-        if l:
-            basis = jnp.stack(directions, axis=-2)
-            for _ in range(2):
-                # Elementwise products and sums, not a matrix product: exact float32 on every platform.
-                step = jnp.sum(basis * residual[..., None, :], axis=-1)
-                residual = residual - jnp.sum(step[..., None] * basis, axis=-2)
-                coefficients = coefficients + step
+        for _ in range(2 if l else 0):
+            steps = [jnp.sum(direction * residual, axis=-1) for direction in directions]
+            for step, direction in zip(steps, directions):
+                residual = residual - step[..., None] * direction
+            coefficients = [total + step for total, step in zip(coefficients, steps)]
         squared = jax.lax.stop_gradient(jnp.sum(jnp.square(residual), axis=-1))
         independent = squared > jnp.square(tolerance * length)
         norm = safe_norm(residual, independent)
         directions.append(residual * jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)[..., None])
-        padding = jnp.zeros((*z.shape[:-2], k - l - 1), z.dtype)
-        columns.append(jnp.concatenate([coefficients, norm[..., None], padding], axis=-1))
+        below = [jnp.zeros_like(norm)] * (k - l - 1)
+        columns.append(jnp.stack([*coefficients, norm, *below], axis=-1))
     return _Factors(jnp.stack(directions, axis=-2), jnp.stack(columns, axis=-1))
+
+
+@jax.custom_jvp
+def _basis(z: Array) -> Array:
+    return _gram_schmidt(z).basis
+
+
+@_basis.defjvp
+def _basis_jvp(primals, tangents):
+    """`dq_l = c_l - (q_l . c_l) q_l - sum_(j<l) (q_j . c_l + q_l . c_j) q_j`, where `dz_l = sum_(j<=l) R_jl c_j`.
+
+    Written out because the derivative of the projections, each done twice, takes many times as long.
+    """
+    (z,), (tangent,) = primals, tangents
+    basis, triangle = _gram_schmidt(z)
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    c = einsum("...jl,...jd->...ld", _inverse(triangle), tangent)
+    products = einsum("...jd,...ld->...jl", basis, c)
+    turn = jnp.triu(products) + jnp.triu(jnp.swapaxes(products, -1, -2), 1)
+    return basis, c - einsum("...jl,...jd->...ld", turn, basis)
+
+
+def _inverse(triangle: Array) -> Array:
+    """Inverse of upper triangular matrices, with a zero column wherever the diagonal vanishes."""
+    k = triangle.shape[-1]
+    zero = jnp.zeros_like(triangle[..., 0, 0])
+    columns: list[list[Array]] = []
+    for l in range(k):
+        pivot = triangle[..., l, l]
+        inverse = jnp.where(pivot > 0, 1.0 / jnp.where(pivot > 0, pivot, 1.0), 0.0)
+        above = [-inverse * sum((triangle[..., i, l] * columns[i][j] for i in range(j, l)), zero) for j in range(l)]
+        columns.append([*above, inverse, *[zero] * (k - l - 1)])
+    return jnp.stack([jnp.stack(column, axis=-1) for column in columns], axis=-1)
 
 
 def _diagonal(matrix: Array) -> Array:
@@ -300,133 +333,145 @@ def _product(diagonal: Array, start: int, stop: int) -> Array:
 
 
 class _Decomposition(NamedTuple):
-    """`z^T v_i = sigma_i u_i`; a `u_i` whose value vanishes is 0."""
+    """`sum_l v_il z_l = sigma_i u_i`, the batch last."""
 
-    values: Array  # [..., k]
-    directions: Array  # [..., k, d]: row i is u_i
-    mixing: Array  # [..., k, k]: column i is v_i
+    values: Array  # [k, n]
+    mixing: Array  # [k, k, n]: row i is v_i
+    weights: Array  # [k, k, n]: row i is v_i / sigma_i, which makes u_i of the vectors; 0 where the value vanishes
+    leading: Array  # [n, d]: u_1
 
 
 @jax.custom_jvp
 def spectrum(z: Float[Array, "*batch k d"]) -> tuple[Float[Array, "*batch k"], Float[Array, "*batch d"]]:
     """`(singular_values(z), leading_direction(z))` from one decomposition, for floats of at least 32 bits."""
-    values, directions, _ = _decompose(z)
-    return values, directions[..., 0, :]
+    decomposition = _by_blocks(_decompose, _blocks(z))
+    return _whole(z, decomposition.values, decomposition.leading)
 
 
 @spectrum.defjvp
 def _spectrum_jvp(primals, tangents):
-    """Derivatives of singular values and of the leading singular vector.
+    (z,), (tangent,) = primals, tangents
+    decomposition = _by_blocks(_decompose, _blocks(z))
+    changes = _by_blocks(_differential, decomposition, _blocks(z), _blocks(tangent))
+    return _whole(z, decomposition.values, decomposition.leading), _whole(z, *changes)
+
+
+def _differential(decomposition: _Decomposition, z: Array, tangent: Array) -> tuple[Array, Array]:
+    """Derivatives of the singular values `[k, n]` and of the leading singular vector `[n, d]`.
 
     With `B_ij = u_i^T dz^T v_j`: `d sigma_i = B_ii`, and
     `du_1 = sum_(i>1) u_i (s_1 B_i1 + s_i B_1i) / (s_1^2 - s_i^2) + (I - sum_i u_i u_i^T) dz^T v_1 / s_1`.
+    All of it is made of the products `z_m . dz_l` and of combinations of the `z_m` and `dz_l`: two passes.
     """
-    (z,), (tangent,) = primals, tangents
-    values, directions, mixing = _decompose(z)
-    exact = jax.lax.Precision.HIGHEST
-    b = jnp.einsum(
-        "...il,...lj->...ij", jnp.einsum("...id,...ld->...il", directions, tangent, precision=exact), mixing,
-        precision=exact,
-    )  # fmt: skip
-    leading = values[..., :1]
-    into, from_ = b[..., :, 0], b[..., 0, :]
+    values, mixing, weights, _ = decomposition
+    k = z.shape[1]
+    moves = _vectors(tangent)
+    products = jnp.stack([jnp.stack([jnp.sum(z[:, m] * move, axis=-1) for move in moves]) for m in range(k)])
+    # b[i, j] = sum_ml weights[i, m] products[m, l] mixing[j, l], batch last
+    b = jnp.sum(weights[:, :, None] * products[None], axis=1)
+    b = jnp.sum(b[:, None] * mixing[None], axis=2)
+    leading = values[:1]
+    into, from_ = b[:, 0], b[0]
     # Two values closer than this cannot be told apart; the turn between their vectors is then undefined, and left out.
     simple = leading - values > _tolerance(z) * leading
     gap = jnp.where(simple, jnp.square(leading) - jnp.square(values), 1.0)
     turn = jnp.where(simple, (leading * into + values * from_) / gap, 0.0)
     inverse = jnp.where(leading > 0, 1.0 / jnp.where(leading > 0, leading, 1.0), 0.0)
-    outside = jnp.sum(mixing[..., :, 0, None] * tangent, axis=-2) * inverse
-    along = turn - into * inverse
-    turned = outside + jnp.sum(along[..., None] * directions, axis=-2)
-    # A set of zero vectors has no leading direction: its derivative is 0.
-    return (values, directions[..., 0, :]), (_diagonal(b), jnp.where(leading > 0, turned, 0.0))
+    along = jnp.sum((turn - into * inverse)[:, None] * weights, axis=0)  # [m, n]
+    # A set of zero vectors has no leading direction: its weights, and so its derivative, are 0.
+    turned = _combined(weights[0], moves) + jnp.sum(along.T[..., None] * z, axis=1)
+    return jnp.stack([b[i, i] for i in range(k)]), turned
+
+
+# A block of items of this size stays in a core's cache from one pass over it to the next.
+_BLOCK_BYTES = 2**20
+
+
+def _blocks(z: Array) -> Array:
+    """`[n, k, d]`, or, on one CPU device and where they are many, `[blocks, n / blocks, k, d]`."""
+    z = z if z.ndim == 3 else z.reshape((-1, *z.shape[-2:]))
+    n, k, d = z.shape
+    block = 32
+    while n % (2 * block) == 0 and 2 * block * k * d * z.dtype.itemsize <= _BLOCK_BYTES:
+        block *= 2
+    if jax.default_backend() != "cpu" or n % block or n < 4 * block or not _on_one_device(z):
+        return z
+    return z.reshape((-1, block, k, d))
+
+
+def _on_one_device(z: Array) -> bool:
+    """Whether the array is known to lie on one device: XLA would gather one divided over a mesh to loop over it."""
+    divided = any(axes is not None for axes in jax.typeof(z).sharding.spec)
+    return not divided and (jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual)
+
+
+def _by_blocks(function: Callable, *arrays: Any) -> Any:
+    """`function` of blocks one after the other; the last array tells whether there are blocks."""
+    if arrays[-1].ndim == 3:
+        return function(*arrays)
+    # Differentiated, a loop would keep all that it computes for every block; checkpointed, it keeps its input alone.
+    return jax.lax.map(jax.checkpoint(lambda block: function(*block), prevent_cse=False), arrays)
+
+
+def _whole(z: Array, values: Array, leading: Array) -> tuple[Array, Array]:
+    """Values `[..., k]` and directions `[..., d]` of the blocks' `[k, n]` and `[n, d]`."""
+    values = jnp.swapaxes(values, -1, -2)
+    return values.reshape(z.shape[:-1]), leading.reshape((*z.shape[:-2], z.shape[-1]))
+
+
+def _vectors(z: Array) -> list[Array]:
+    """The `k` vectors `[n, d]` of `[n, k, d]`; reading and its transpose, writing, are one pass each."""
+    return [part[:, 0] for part in jax.lax.split(z, (1,) * z.shape[1], axis=1)]
+
+
+def _combined(weights: Array, vectors: list[Array]) -> Array:
+    """`[k, n], k of [n, d] -> [n, d]`."""
+    return functools.reduce(jnp.add, [weight[:, None] * vector for weight, vector in zip(weights, vectors)])
 
 
 def _decompose(z: Array) -> _Decomposition:
-    """Singular value decomposition of `z^T` through the triangular factor, signs chosen by `_orientation`."""
-    basis, triangle = _gram_schmidt(z)
-    k = z.shape[-2]
-    batch = z.shape[:-2]
-    if k == 1:
-        rotated, mixing = triangle, jnp.ones_like(triangle)
-    else:
-        # Batch last: every operation of a rotation is elementwise over long contiguous rows.
-        columns = rearrange(triangle.reshape((-1, k, k)), "n row column -> column row n")
-        rotated, mixing = (
-            rearrange(x, "column row n -> n row column").reshape((*batch, k, k)) for x in _one_sided_jacobi(columns)
-        )
-    values = safe_norm(jnp.swapaxes(rotated, -1, -2))
-    order = jnp.argsort(-values, axis=-1)
-    values = jnp.take_along_axis(values, order, axis=-1)
-    rotated = jnp.take_along_axis(rotated, order[..., None, :], axis=-1)
-    mixing = jnp.take_along_axis(mixing, order[..., None, :], axis=-1)
-    sign = _orientation(values, mixing)
-    mixing = mixing * sign[..., None, None]
-    present = values > _tolerance(z) * values[..., :1]
-    scale = jnp.where(present, sign[..., None] / jnp.where(present, values, 1.0), 0.0)
-    directions = jnp.einsum(
-        "...ji,...jd->...id", rotated * scale[..., None, :], basis, precision=jax.lax.Precision.HIGHEST
-    )
-    return _Decomposition(values, directions, mixing)
+    """Two rounds: the eigenvectors of the Gram matrix, then those of the Gram matrix of what they make of the vectors.
+
+    The first Gram matrix has lost the small singular values (in float32, below 3e-4 of the largest). But the vectors
+    turned by its eigenvectors are orthogonal up to that, and as short as the singular values are small: their own Gram
+    matrix is accurate for each, relative to its length.
+    """
+    k = z.shape[1]
+    vectors = _vectors(z)
+    more = int(z.dtype == jnp.float64)
+    _, first = _jacobi.eigenvectors(_gram(vectors), sweeps=3 + more + k // 3)
+    turned = [_combined(weights, vectors) for weights in first]
+    squares, second = _jacobi.eigenvectors(_gram(turned), sweeps=2 + more + k // 5)
+    mixing = jnp.sum(second[:, :, None] * first[None], axis=1)
+    squares, mixing = _jacobi.in_descending_order(squares, mixing)
+    values = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+    present = values > _tolerance(z) * values[:1]
+    values = jnp.where(present, values, 0.0)
+    mixing = mixing * _orientation(values, mixing)[None, None]
+    weights = mixing * jnp.where(present, 1.0 / jnp.where(present, values, 1.0), 0.0)[:, None]
+    return _Decomposition(values, mixing, weights, _combined(weights[0], vectors))
+
+
+def _gram(vectors: list[Array]) -> Array:
+    """Inner products `[k, k, n]`."""
+    k = len(vectors)
+    entries = {(i, j): jnp.sum(vectors[i] * vectors[j], axis=-1) for i in range(k) for j in range(i, k)}
+    return jnp.stack([jnp.stack([entries[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
 
 
 def _orientation(values: Array, mixing: Array) -> Array:
-    """Sign `[...]` that makes `u_1 . sum_l z_l = sigma_1 sum_l v_l1` positive, or else the first `sigma_1 v_l1`.
+    """Sign `[n]` that makes `u_1 . sum_l z_l = sigma_1 sum_l v_1l` positive, or else the first `sigma_1 v_1l`.
 
     The sum vanishes not by accident only: two unit vectors at an obtuse angle have their leading direction along their
     difference, orthogonal to their sum. Rounding must not choose the sign then.
     """
-    leading = mixing[..., :, 0]
+    k = mixing.shape[0]
     # Rounding turns v_1 by its share of the distance to the next singular value.
-    gap = jnp.maximum(values[..., 0] - values[..., min(1, values.shape[-1] - 1)], 0.0)
-    noise = 8 * mixing.shape[-1] * float(jnp.finfo(mixing.dtype).eps)
-    noise = jnp.where(gap > 0, noise * values[..., 0] / jnp.where(gap > 0, gap, 1.0), noise)[..., None]
-    first = jnp.argmax(jnp.abs(leading) > noise, axis=-1, keepdims=True)
-    total = jnp.sum(leading, axis=-1, keepdims=True)
-    decides = jnp.where(jnp.abs(total) > noise, total, jnp.take_along_axis(leading, first, axis=-1))
-    return jnp.where(decides < 0, -1.0, 1.0).astype(mixing.dtype)[..., 0]
-
-
-def _one_sided_jacobi(columns: Array) -> tuple[Array, Array]:
-    """Rotates pairs of columns until all are orthogonal: `columns` `[k, k, n]` (column, row, batch) -> (`A V`, `V`).
-
-    A round rotates `k/2` disjoint pairs at once (the schedule of a round-robin tournament), so that one small loop
-    body serves every `k`; unrolled sweeps take XLA minutes to compile from `k = 5` on.
-    """
-    k, _, n = columns.shape
-    even = k + k % 2
-    identity = jnp.broadcast_to(jnp.eye(k, dtype=columns.dtype)[..., None], (k, k, n))
-    # The rotations are accumulated by rotating the identity along with the matrix. Odd k: a zero column sits out.
-    state = jnp.pad(jnp.concatenate([columns, identity], axis=1), ((0, even - k), (0, 0), (0, 0)))
-    # Two columns are orthogonal after one rotation; more need a few sweeps (convergence is quadratic at the end).
-    rounds = 2 if k == 2 else (even - 1) * (6 + k // 3 + 2 * (columns.dtype == jnp.float64))
-    label = jnp.arange(even)
-
-    def one_round(_, carry):
-        first, second, labels = carry
-        first, second = _rotate(first, second, k)
-        everyone = jnp.concatenate([first, second[::-1]])
-        everyone = jnp.concatenate([everyone[:1], jnp.roll(everyone[1:], 1, axis=0)])
-        labels = jnp.concatenate([labels[:1], jnp.roll(labels[1:], 1)])
-        return everyone[: even // 2], everyone[even // 2 :][::-1], labels
-
-    carry = (state[: even // 2], state[even // 2 :][::-1], label)
-    first, second, labels = jax.lax.fori_loop(0, rounds, one_round, carry)
-    state = jnp.concatenate([first, second[::-1]])[jnp.argsort(labels)][:k]
-    return state[:, :k], state[:, k:]
-
-
-def _rotate(first: Array, second: Array, rows: int) -> tuple[Array, Array]:
-    """One Jacobi rotation for each pair of columns `[pair, row, n]`, orthogonalising their first `rows` rows."""
-    alpha = jnp.sum(jnp.square(first[:, :rows]), axis=1, keepdims=True)
-    beta = jnp.sum(jnp.square(second[:, :rows]), axis=1, keepdims=True)
-    gamma = jnp.sum(first[:, :rows] * second[:, :rows], axis=1, keepdims=True)
-    tiny = jnp.finfo(first.dtype).tiny
-    needed = jnp.abs(gamma) > tiny
-    zeta = (beta - alpha) / jnp.where(needed, 2.0 * gamma, 1.0)
-    # hypot-free: for huge zeta the square overflows to infinity and the tangent is 0, as it should be.
-    tangent = jnp.where(zeta < 0, -1.0, 1.0) / (jnp.abs(zeta) + jnp.sqrt(1.0 + jnp.square(zeta)))
-    tangent = jnp.where(needed, tangent, 0.0).astype(first.dtype)
-    cosine = jax.lax.rsqrt(1.0 + jnp.square(tangent))
-    sine = cosine * tangent
-    return cosine * first - sine * second, sine * first + cosine * second
+    gap = jnp.maximum(values[0] - values[min(1, k - 1)], 0.0)
+    noise = 8 * k * float(jnp.finfo(mixing.dtype).eps)
+    noise = jnp.where(gap > 0, noise * values[0] / jnp.where(gap > 0, gap, 1.0), noise)
+    total = jnp.sum(mixing[0], axis=0)
+    decides = jnp.zeros_like(total)
+    for entry in (total, *mixing[0]):
+        decides = jnp.where(decides == 0, jnp.where(jnp.abs(entry) > noise, entry, 0.0), decides)
+    return jnp.where(decides < 0, -1.0, 1.0).astype(mixing.dtype)

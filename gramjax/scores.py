@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gramjax import _checks, linalg
+from gramjax import _checks, _projections, linalg
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -65,6 +65,20 @@ class Score(Protocol):
         ...
 
 
+@runtime_checkable
+class SetScore(Score, Protocol):
+    """A score whose queries may have several modalities themselves (text and sound, looking for a video)."""
+
+    def tile_sets(
+        self,
+        queries: Float[Array, "queries modality dim"],
+        where: Bool[Array, "queries modality"],
+        prepared: Any,
+    ) -> Float[Array, "queries items"]:
+        """Scores of every query with every item; absent modalities of a query are 0 and count for nothing."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _InnerProduct:
     """Scores that are the inner product of the query with one vector `[n, d]` for each item."""
@@ -78,11 +92,15 @@ class _InnerProduct:
 
     def tile(self, queries, prepared):
         """`[q, d], [n, d] -> [q, n]`."""
-        return _products(queries, prepared, self.precision)
+        return _projections.products(queries, prepared, self.precision)
 
     def pairs(self, queries, prepared):
         """`[n, d], [n, d] -> [n]`."""
         return jnp.sum(queries * prepared, axis=-1)
+
+    def tile_sets(self, queries, where, prepared):
+        """Mean of the scores of the query's modalities: the score of their mean."""
+        return self.tile(_mean_of_present(queries, where), prepared)
 
 
 class Cosine(_InnerProduct):
@@ -90,8 +108,7 @@ class Cosine(_InnerProduct):
 
     def prepare(self, gallery, where):
         """Mean of the present modalities, `[n, d]`: the mean of inner products is the product with the mean."""
-        count = jnp.sum(where, axis=-1, keepdims=True).astype(gallery.dtype)
-        return jnp.sum(jnp.where(where[..., None], gallery, 0.0), axis=-2) / jnp.maximum(count, 1.0)
+        return _mean_of_present(gallery, where)
 
 
 class LeadingDirection(_InnerProduct):
@@ -108,6 +125,10 @@ class Multilinear(_InnerProduct):
     def prepare(self, gallery, where):
         """Elementwise product of the present modalities, `[n, d]`."""
         return jnp.prod(jnp.where(where[..., None], gallery, 1.0), axis=-2)
+
+    def tile_sets(self, queries, where, prepared):
+        """The product runs over the query's modalities as well."""
+        return self.tile(self.prepare(queries, where), prepared)
 
 
 class Span(NamedTuple):
@@ -136,18 +157,26 @@ class Residual:
     def tile(self, queries, prepared):
         """`sqrt(|t|^2 - sum_l (q_l . t)^2)`, `[q, n]`; one product for each modality, squared as it is accumulated."""
         lengths = jnp.sum(jnp.square(queries), axis=-1, keepdims=True)
-        projected = sum(jnp.square(_products(queries, direction, self.precision)) for direction in prepared.basis)
-        return _safe_sqrt(lengths - projected, lengths)
+        projected = sum(
+            jnp.square(_projections.products(queries, direction, self.precision)) for direction in prepared.basis
+        )
+        return _projections.safe_sqrt(lengths - projected, lengths)
 
     def pairs(self, queries, prepared):
         """Norm of the residual vector itself: no digits are lost when the query lies close to the span."""
-        residual = queries
-        for _ in range(2):
-            for direction in prepared.basis:
-                residual = residual - jnp.sum(direction * residual, axis=-1, keepdims=True) * direction
-        noise = 2 * len(prepared.basis) * float(jnp.finfo(queries.dtype).eps)
-        told_apart = jnp.sum(jnp.square(residual), axis=-1) > noise**2 * jnp.sum(jnp.square(queries), axis=-1)
-        return linalg.safe_norm(residual, jax.lax.stop_gradient(told_apart))
+        return _projections.distance(queries, prepared.basis)
+
+    def tile_sets(self, queries, where, prepared):
+        """Volume of what the item's span leaves of the query's modalities, `[q, n]`.
+
+        With orthonormal bases `s` of the query and `q` of the item it is `Vol(query) sqrt(det(I - C C^T))`, where
+        `C_al = s_a . q_l`: the volume between the two spans, free of the lengths and angles within either.
+        """
+        basis = linalg.orthonormal_basis(queries, where)
+        between = _projections.safe_sqrt(
+            _projections.determinant_of_rest(basis, prepared.basis, self.precision), jnp.ones((), queries.dtype)
+        )
+        return between * linalg.volume(queries, where)[:, None]
 
 
 class Volume(Residual):
@@ -163,6 +192,10 @@ class Volume(Residual):
     def pairs(self, queries, prepared):
         """`Vol(x_i)` times the norm of the residual vector."""
         return super().pairs(queries, prepared) * prepared.volume
+
+    def tile_sets(self, queries, where, prepared):
+        """Volume of all modalities of both, `[q, n]`."""
+        return super().tile_sets(queries, where, prepared) * prepared.volume[None, :]
 
 
 class Line(NamedTuple):
@@ -208,10 +241,10 @@ class Triangle:
         """`[q, d]`, lines -> `[q, n]`."""
         squares = jnp.sum(jnp.square(queries), axis=-1, keepdims=True)
         size = squares + jnp.sum(jnp.square(prepared.foot), axis=-1)[None, :]
-        distance = size - 2.0 * _products(queries, prepared.foot, self.precision)
-        distance = distance - jnp.square(_products(queries, prepared.direction, self.precision))
+        distance = size - 2.0 * _projections.products(queries, prepared.foot, self.precision)
+        distance = distance - jnp.square(_projections.products(queries, prepared.direction, self.precision))
         if self.square_root:
-            return 0.5 * prepared.length[None, :] * _safe_sqrt(distance, size)
+            return 0.5 * prepared.length[None, :] * _projections.safe_sqrt(distance, size)
         return 0.5 * jnp.square(prepared.length)[None, :] * jnp.maximum(distance, 0.0)
 
     def pairs(self, queries, prepared):
@@ -445,13 +478,6 @@ def check_inputs(queries, gallery, gallery_where) -> tuple[Array, Array, Array]:
     return queries.astype(dtype), gallery.astype(dtype), where
 
 
-def _products(queries: Array, items: Array, precision) -> Array:
-    return jax.lax.dot_general(queries, items, (((1,), (1,)), ((), ())), precision=precision)
-
-
-def _safe_sqrt(squares: Array, size: Array) -> Array:
-    """`sqrt(max(squares, 0))`; derivative 0 where `squares` is lost in the rounding of terms of this `size`."""
-    squares = jnp.maximum(squares, 0.0)
-    told_apart = squares > float(jnp.finfo(squares.dtype).eps) * size
-    smooth = jnp.sqrt(jnp.where(told_apart, squares, 1.0))
-    return jnp.where(told_apart, smooth, jax.lax.stop_gradient(jnp.sqrt(squares)))
+def _mean_of_present(vectors: Array, where: Array) -> Array:
+    count = jnp.sum(where, axis=-1, keepdims=True).astype(vectors.dtype)
+    return jnp.sum(jnp.where(where[..., None], vectors, 0.0), axis=-2) / jnp.maximum(count, 1.0)

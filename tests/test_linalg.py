@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from gramjax import linalg
@@ -105,7 +108,7 @@ def test_masked_equals_the_present_ones(function, x64):
 
 
 @every_function
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("k", [1, 2, pytest.param(3, marks=pytest.mark.slow), 5])
 def test_derivatives_against_finite_differences(function, k, x64):
     """Forward and reverse, first and second."""
     rng = np.random.default_rng(k)
@@ -262,6 +265,41 @@ def test_bad_mask(function, unchecked_signatures):
         function(jnp.ones((2, 3, 4)), jnp.ones(3, bool))
     with pytest.raises(TypeError, match=r"where must be a bool array .* got dtype int32"):
         function(jnp.ones((2, 3, 4)), jnp.ones((2, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("n", [256, 250])
+def test_blocks_do_not_change_spectra(n, monkeypatch):
+    """On one CPU device large batches are gone through block by block."""
+    z = jnp.asarray(_sets(3, "random", batch=n))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    alone = functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+
+    def value_and_gradient(transform):
+        weights = jnp.linspace(0.5, 1.5, 24)
+        shapes = []
+
+        def loss(z):
+            shapes.append(linalg._blocks(z).shape)
+            return sum(jnp.sum(jnp.sin(x) * weights[: x.shape[-1]][None]) for x in linalg.spectrum(z))
+
+        return *jax.jit(transform(jax.value_and_grad(loss)))(z), shapes[0]
+
+    monkeypatch.setattr(linalg, "_BLOCK_BYTES", 2**10)
+    value, gradient, shape = value_and_gradient(lambda f: f)
+    assert len(shape) == 3
+    again, gradient_again, shape = value_and_gradient(alone)
+    assert len(shape) == (4 if n == 256 else 3)
+    np.testing.assert_allclose(again, value, rtol=1e-5)
+    # Where two singular values nearly coincide the direction turns fast, and so rounding counts for more.
+    np.testing.assert_allclose(gradient_again, gradient, atol=1e-4 * np.max(np.abs(gradient)))
+
+
+def test_spectra_of_a_divided_batch_stay_divided(monkeypatch):
+    monkeypatch.setattr(linalg, "_BLOCK_BYTES", 2**10)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    z = jax.device_put(jnp.ones((256, 2, 8)), NamedSharding(mesh, PartitionSpec("data")))
+    compiled = jax.jit(jax.grad(lambda z: jnp.sum(linalg.leading_direction(z)))).lower(z).compile()
+    assert "all-gather" not in compiled.as_text()
 
 
 def test_compiles_once_for_each_shape():

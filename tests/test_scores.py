@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gramjax import losses, scores
+from gramjax import _projections, losses, scores
 from tests import reference
 
 
@@ -127,7 +127,7 @@ def test_low_precision_products_ruin_volumes_of_aligned_modalities(monkeypatch):
         return np.median(np.abs(volumes / truth - 1))
 
     exact = error()
-    monkeypatch.setattr(scores, "_products", _bfloat16_products)
+    monkeypatch.setattr(_projections, "products", _bfloat16_products)
     assert exact < 1e-3
     assert error() > 0.05
 

@@ -9,6 +9,13 @@ from a dictionary), and `where` `[batch, modality]`: which are present. The opti
 - `weights` `[batch]`: the mean is `sum(w * loss) / sum(w)` over the examples that have a loss; over none it is 0.
 - `ids` `[batch]`: examples with equal ids are never each other's negatives.
 - `reduction`: `"mean"`, `"sum"`, or `None` for the weighted loss of each example, 0 where it has none.
+- `block_size`: rows and columns of the batch-by-batch score matrix that are computed at a time. None takes the whole
+  matrix of a small batch, and tiles of a large one: memory then grows with the batch, not with its square. Values and
+  gradients agree to rounding. Tiles have a first derivative in reverse mode only; the whole matrix of a small batch on
+  one device has every derivative.
+- `axis_name`: the batch is divided over devices along this axis of a mesh. Inside `jax.shard_map` each device passes
+  its own examples and gets the loss of the whole batch and the gradient of that; with `mesh` besides, the loss takes
+  global arrays under plain `jit`. `gramjax.streaming.nll` tells how gradients are taken in each case.
 - `precision` of the batch-by-batch matrix products (see `gramjax.scores`).
 
 Unit norm is expected, not enforced. Longer vectors act like a smaller temperature in the cosine losses, and volumes

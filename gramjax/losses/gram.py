@@ -1,16 +1,19 @@
 """GRAM: contrast volumes (arXiv 2412.11959)."""
 
 import jax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks
+from gramjax._devices import AxisName, over_mesh
 from gramjax._embeddings import check_embeddings, split_anchor
 from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Volume
 from gramjax.streaming import contrastive_nll
 
 
+@over_mesh("embeddings", "where", "weights", "ids")
 def gram_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
@@ -22,6 +25,9 @@ def gram_loss(
     ids: Array | None = None,
     reduction: Reduction = "mean",
     detach_candidates: bool = False,
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
     precision: jax.lax.PrecisionLike = HIGHEST,
 ) -> Array:
     r"""Volume contrastive loss `1/2 (L_D2A + L_A2D)` (GRAM, equations 6 and 7).
@@ -43,6 +49,9 @@ def gram_loss(
       ids: `[batch]`.
       reduction: "mean", "sum" or None.
       detach_candidates: reproduce the published distributed gradient, in which gathered candidates carry none.
+      block_size: rows and columns of the score matrix computed at a time; None chooses.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
       precision: of the matrix products.
 
     Returns:
@@ -59,11 +68,12 @@ def gram_loss(
     >>> loss.shape, gradient.shape
     ((), (8, 3, 16))
     """
+    del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)
     temperature = _checks.positive("temperature", temperature, z.dtype)
     queries, gallery, query_where, gallery_where = split_anchor(z, where, anchor)
     return contrastive_nll(
         Volume(precision), queries, gallery, scale=-1.0 / temperature, label_smoothing=label_smoothing,
         query_where=query_where, gallery_where=gallery_where, weights=weights, ids=ids, reduction=reduction,
-        detach_candidates=detach_candidates,
+        detach_candidates=detach_candidates, block_size=block_size, axis_name=axis_name,
     )  # fmt: skip

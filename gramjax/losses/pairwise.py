@@ -3,16 +3,20 @@
 import itertools
 
 import jax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _reduction
+from gramjax._devices import AxisName, over_mesh
 from gramjax._embeddings import check_embeddings
 from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Cosine
-from gramjax.streaming import contrastive_nll, contrastive_terms, sigmoid_nll
+from gramjax.streaming import contrastive_nll, sigmoid_nll
+from gramjax.streaming.nll import contrastive_terms, prepare
 
 
+@over_mesh("a", "b", "where", "weights", "ids")
 def infonce_loss(
     a: Float[Array, "batch dim"],
     b: Float[Array, "batch dim"],
@@ -23,6 +27,9 @@ def infonce_loss(
     weights: Array | None = None,
     ids: Array | None = None,
     reduction: Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
     precision: jax.lax.PrecisionLike = HIGHEST,
 ) -> Array:
     """Symmetric InfoNCE of two towers, as in CLIP (arXiv 2103.00020, figure 3).
@@ -36,6 +43,9 @@ def infonce_loss(
       weights: `[batch]`.
       ids: `[batch]`.
       reduction: "mean", "sum" or None.
+      block_size: rows and columns of the score matrix computed at a time; None chooses.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
       precision: of the matrix product.
 
     Returns:
@@ -50,14 +60,17 @@ def infonce_loss(
     >>> round(float(infonce_loss(a, a, temperature=1.0)), 6)  # log(1 + exp(-1))
     0.313262
     """
+    del mesh
     a, b, where = _check_towers(a, b, where)
     temperature = _checks.positive("temperature", temperature, a.dtype)
     return contrastive_nll(
         Cosine(precision), a, b[:, None], scale=1.0 / temperature, label_smoothing=label_smoothing,
         query_where=where, gallery_where=where[:, None], weights=weights, ids=ids, reduction=reduction,
+        block_size=block_size, axis_name=axis_name,
     )  # fmt: skip
 
 
+@over_mesh("embeddings", "where", "weights", "ids")
 def anchored_infonce_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
@@ -68,6 +81,9 @@ def anchored_infonce_loss(
     weights: Array | None = None,
     ids: Array | None = None,
     reduction: Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
     precision: jax.lax.PrecisionLike = HIGHEST,
 ) -> Array:
     """Symmetric InfoNCE between the anchor and each other modality, averaged (ImageBind's objective, arXiv 2305.05665).
@@ -81,6 +97,9 @@ def anchored_infonce_loss(
       weights: `[batch]`.
       ids: `[batch]`.
       reduction: "mean", "sum" or None.
+      block_size: rows and columns of the score matrix computed at a time; None chooses.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
       precision: of the matrix products.
 
     Returns:
@@ -95,12 +114,16 @@ def anchored_infonce_loss(
     >>> round(float(anchored_infonce_loss(z, temperature=1.0)), 6)
     0.313262
     """
+    del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)
     anchor = _checks.index("anchor", anchor, z.shape[1], "modality")
     pairs = [(anchor, other) for other in range(z.shape[1]) if other != anchor]
-    return _mean_over_pairs(z, where, pairs, temperature, label_smoothing, weights, ids, reduction, precision)
+    return _mean_over_pairs(
+        z, where, pairs, temperature, label_smoothing, weights, ids, reduction, block_size, axis_name, precision
+    )
 
 
+@over_mesh("embeddings", "where", "weights", "ids")
 def pairwise_infonce_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
@@ -110,6 +133,9 @@ def pairwise_infonce_loss(
     weights: Array | None = None,
     ids: Array | None = None,
     reduction: Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
     precision: jax.lax.PrecisionLike = HIGHEST,
 ) -> Array:
     """Symmetric InfoNCE averaged over all pairs of modalities.
@@ -122,6 +148,9 @@ def pairwise_infonce_loss(
       weights: `[batch]`.
       ids: `[batch]`.
       reduction: "mean", "sum" or None.
+      block_size: rows and columns of the score matrix computed at a time; None chooses.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
       precision: of the matrix products.
 
     Returns:
@@ -136,11 +165,15 @@ def pairwise_infonce_loss(
     >>> round(float(pairwise_infonce_loss(z, temperature=1.0)), 6)
     0.313262
     """
+    del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)
     pairs = list(itertools.combinations(range(z.shape[1]), 2))
-    return _mean_over_pairs(z, where, pairs, temperature, label_smoothing, weights, ids, reduction, precision)
+    return _mean_over_pairs(
+        z, where, pairs, temperature, label_smoothing, weights, ids, reduction, block_size, axis_name, precision
+    )
 
 
+@over_mesh("a", "b", "where", "weights", "ids")
 def sigmoid_loss(
     a: Float[Array, "batch dim"],
     b: Float[Array, "batch dim"],
@@ -151,6 +184,9 @@ def sigmoid_loss(
     weights: Array | None = None,
     ids: Array | None = None,
     reduction: Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
     precision: jax.lax.PrecisionLike = HIGHEST,
 ) -> Array:
     """Sigmoid loss of two towers: every pair is a binary question (SigLIP, arXiv 2303.15343, algorithm 1).
@@ -164,6 +200,9 @@ def sigmoid_loss(
       weights: `[batch]`.
       ids: `[batch]`.
       reduction: "mean" over examples (each a sum over the batch, as in the paper), "sum" or None.
+      block_size: rows and columns of the score matrix computed at a time; None chooses.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
       precision: of the matrix product.
 
     Returns:
@@ -178,11 +217,13 @@ def sigmoid_loss(
     >>> round(float(sigmoid_loss(a, a, temperature=1.0, bias=0.0)), 6)  # log(1 + exp(-1)) + log 2
     1.006409
     """
+    del mesh
     a, b, where = _check_towers(a, b, where)
     temperature = _checks.positive("temperature", temperature, a.dtype)
     return sigmoid_nll(
         Cosine(precision), a, b[:, None], scale=1.0 / temperature, bias=bias, query_where=where,
         gallery_where=where[:, None], weights=weights, ids=ids, reduction=reduction,
+        block_size=block_size, axis_name=axis_name,
     )  # fmt: skip
 
 
@@ -194,13 +235,18 @@ def _check_towers(a, b, where) -> tuple[Array, Array, Array]:
     return a, b, _checks.mask("where", where, a.shape[:1], "[batch]")
 
 
-def _mean_over_pairs(z, where, pairs, temperature, label_smoothing, weights, ids, reduction, precision) -> Array:
+def _mean_over_pairs(
+    z, where, pairs, temperature, label_smoothing, weights, ids, reduction, block_size, axis_name, precision
+) -> Array:
     temperature = _checks.positive("temperature", temperature, z.dtype)
+    score = Cosine(precision)
+    # A modality that is compared with several others is prepared once.
+    items = {b: prepare(score, z[:, b, None], where[:, b, None], ids, axis_name) for _, b in pairs}
     terms = [
         contrastive_terms(
-            Cosine(precision), z[:, a], z[:, b, None], scale=1.0 / temperature, label_smoothing=label_smoothing,
-            query_where=where[:, a], gallery_where=where[:, b, None], ids=ids,
+            score, z[:, a], where[:, a], items[b], scale=1.0 / temperature, label_smoothing=label_smoothing,
+            block_size=block_size, axis_name=axis_name,
         )
         for a, b in pairs
     ]  # fmt: skip
-    return _reduction.reduce(*_reduction.mean_of_terms(terms), weights, reduction)
+    return _reduction.reduce(*_reduction.mean_of_terms(terms), weights, reduction, axis_name)

@@ -2,16 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _reduction, linalg
+from gramjax._devices import AxisName, over_mesh
 from gramjax._embeddings import check_embeddings
 from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Cosine
 from gramjax.streaming import contrastive_nll
 
 
+@over_mesh("embeddings", "where", "weights", "ids")
 def pmrl_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
@@ -22,6 +25,9 @@ def pmrl_loss(
     weights: Array | None = None,
     ids: Array | None = None,
     reduction: Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
     precision: jax.lax.PrecisionLike = HIGHEST,
 ) -> Array:
     """`alignment_loss + regularization_weight * direction_regularization` (PMRL, section 4).
@@ -38,6 +44,9 @@ def pmrl_loss(
       weights: `[batch]`.
       ids: `[batch]`, for the regularisation: instances with equal ids are not pushed apart.
       reduction: "mean" (each term over the examples that have it), "sum" or None.
+      block_size: rows and columns of the score matrix computed at a time; None chooses.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
       precision: of the batch-by-batch matrix product.
 
     Returns:
@@ -51,16 +60,20 @@ def pmrl_loss(
     >>> round(float(pmrl_loss(z, regularization_temperature=1.0)), 6)  # 0 + log(1 + exp(-1))
     0.313262
     """
+    del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)
     alignment_temperature = _checks.positive("alignment_temperature", alignment_temperature, z.dtype)
     regularization_temperature = _checks.positive("regularization_temperature", regularization_temperature, z.dtype)
     weight = _checks.real_scalar("regularization_weight", regularization_weight, z.dtype)
     values, directions = linalg.spectrum(z)
-    alignment = _align(values, where, alignment_temperature, weights, reduction)
-    apart = _separate(directions, where, regularization_temperature, weights, ids, reduction, precision)
+    alignment = _align(values, where, alignment_temperature, weights, reduction, axis_name)
+    apart = _separate(
+        directions, where, regularization_temperature, weights, ids, reduction, block_size, axis_name, precision
+    )
     return alignment + weight * apart
 
 
+@over_mesh("embeddings", "where", "weights")
 def alignment_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
@@ -68,6 +81,8 @@ def alignment_loss(
     where: Bool[Array, "batch modality"] | None = None,
     weights: Array | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     """Softmax over the singular values of each instance, `-log softmax(sigma / temperature)[0]` (PMRL, section 4.2).
 
@@ -82,6 +97,8 @@ def alignment_loss(
         0; an example with fewer than two modalities has no loss.
       weights: `[batch]`.
       reduction: "mean", "sum" or None.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
 
     Returns:
       A scalar, or `[batch]` for `reduction=None`; at least float32.
@@ -93,11 +110,13 @@ def alignment_loss(
     >>> round(float(alignment_loss(jnp.eye(3)[None])), 6)  # orthogonal: log 3
     1.098612
     """
+    del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)
     temperature = _checks.positive("temperature", temperature, z.dtype)
-    return _align(linalg.spectrum(z)[0], where, temperature, weights, reduction)
+    return _align(linalg.spectrum(z)[0], where, temperature, weights, reduction, axis_name)
 
 
+@over_mesh("embeddings", "where", "weights", "ids")
 def direction_regularization(
     embeddings: Float[Array, "batch modality dim"],
     *,
@@ -106,6 +125,9 @@ def direction_regularization(
     weights: Array | None = None,
     ids: Array | None = None,
     reduction: Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
     precision: jax.lax.PrecisionLike = HIGHEST,
 ) -> Array:
     """InfoNCE of the leading directions with themselves, logits `u_i . u_j / temperature` (PMRL, section 4.3).
@@ -120,6 +142,9 @@ def direction_regularization(
       weights: `[batch]`.
       ids: `[batch]`, instances with equal ids are not pushed apart.
       reduction: "mean", "sum" or None.
+      block_size: rows and columns of the score matrix computed at a time; None chooses.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
       precision: of the batch-by-batch matrix product.
 
     Returns:
@@ -133,24 +158,29 @@ def direction_regularization(
     >>> round(float(direction_regularization(z, temperature=1.0)), 6)  # log(1 + exp(-1))
     0.313262
     """
+    del mesh
     z, where = check_embeddings(embeddings, where, at_least=1)
     temperature = _checks.positive("temperature", temperature, z.dtype)
-    return _separate(linalg.spectrum(z)[1], where, temperature, weights, ids, reduction, precision)
+    directions = linalg.spectrum(z)[1]
+    return _separate(directions, where, temperature, weights, ids, reduction, block_size, axis_name, precision)
 
 
-def _align(values: Array, where: Array, temperature: Array, weights, reduction: Reduction) -> Array:
+def _align(values: Array, where: Array, temperature: Array, weights, reduction: Reduction, axis_name) -> Array:
     present = jnp.sum(where, axis=-1)
     # The first `present` values in descending order are those of the present modalities; the rest are exactly 0.
     counted = jnp.arange(1, where.shape[1])[None, :] < present[:, None]
     below = (values[:, 1:] - values[:, :1]) / temperature
     losses = jnp.log1p(jnp.sum(jnp.where(counted, jnp.exp(below), 0.0), axis=-1))
-    return _reduction.reduce(losses, present >= 2, weights, reduction)
+    return _reduction.reduce(losses, present >= 2, weights, reduction, axis_name)
 
 
-def _separate(directions: Array, where: Array, temperature: Array, weights, ids, reduction, precision) -> Array:
+def _separate(
+    directions: Array, where: Array, temperature: Array, weights, ids, reduction, block_size, axis_name, precision
+) -> Array:
     present = jnp.any(where, axis=-1)
     # The scores are symmetric: the second direction of the softmax would repeat the first.
     return contrastive_nll(
         Cosine(precision), directions, directions[:, None], scale=1.0 / temperature, query_where=present,
         gallery_where=present[:, None], weights=weights, ids=ids, reduction=reduction, symmetric=False,
+        block_size=block_size, axis_name=axis_name,
     )  # fmt: skip

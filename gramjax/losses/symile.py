@@ -57,7 +57,7 @@ def symile_loss(
     temperature = _checks.positive("temperature", temperature, z.dtype)
     label_smoothing = _checks.fraction("label_smoothing", label_smoothing)
     batch, k, _ = z.shape
-    ids = jnp.arange(batch) if ids is None else _checks.per_example("ids", ids, batch)
+    ids = jnp.arange(batch) if ids is None else _checks.ids("ids", ids, batch)
     score = Multilinear(precision)
     terms = []
     for anchor in range(k):

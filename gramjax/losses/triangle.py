@@ -1,16 +1,19 @@
 """TRIANGLE: contrast areas of triangles (TRIANGLE, NeurIPS 2025)."""
 
 import jax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks
+from gramjax._devices import AxisName, over_mesh
 from gramjax._embeddings import check_embeddings, split_anchor
 from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Triangle
 from gramjax.streaming import contrastive_nll
 
 
+@over_mesh("embeddings", "where", "weights", "ids")
 def triangle_loss(
     embeddings: Float[Array, "batch 3 dim"],
     *,
@@ -22,6 +25,9 @@ def triangle_loss(
     ids: Array | None = None,
     reduction: Reduction = "mean",
     square_root: bool = True,
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
     precision: jax.lax.PrecisionLike = HIGHEST,
 ) -> Array:
     """Contrastive loss on the area of the triangle with the three embeddings as corners.
@@ -39,6 +45,9 @@ def triangle_loss(
       ids: `[batch]`.
       reduction: "mean", "sum" or None.
       square_root: True for the area as in the paper, False for `2 area^2` as in its published code.
+      block_size: rows and columns of the score matrix computed at a time; None chooses.
+      axis_name: mesh axis along which the batch is divided over devices (see `gramjax.losses`).
+      mesh: with `axis_name`, for global arrays outside of `jax.shard_map`.
       precision: of the matrix products.
 
     Returns:
@@ -53,6 +62,7 @@ def triangle_loss(
     >>> round(float(triangle_loss(z)), 4)  # all triangles are equal: log 2
     0.6931
     """
+    del mesh
     z, where = check_embeddings(embeddings, where, at_least=3)
     if z.shape[1] != 3:
         raise ValueError(f"embeddings must have exactly 3 modalities ([batch, 3, dim]), got shape {z.shape}.")
@@ -61,5 +71,5 @@ def triangle_loss(
     return contrastive_nll(
         Triangle(square_root, precision), queries, gallery, scale=-1.0 / temperature,
         label_smoothing=label_smoothing, query_where=query_where, gallery_where=gallery_where, weights=weights,
-        ids=ids, reduction=reduction,
+        ids=ids, reduction=reduction, block_size=block_size, axis_name=axis_name,
     )  # fmt: skip

@@ -1,5 +1,14 @@
-"""How scores are reduced: to losses over a batch, for any score."""
+"""How scores are reduced: to losses over a batch, to the best items, to ranks and to draws, for any score."""
 
-from gramjax.streaming.nll import contrastive_nll, contrastive_terms, sigmoid_nll, softmax_nll
+from gramjax.streaming.nll import contrastive_nll, sigmoid_nll, softmax_nll
+from gramjax.streaming.sampling import sample_hard_negatives
+from gramjax.streaming.search import streamed_ranks, streamed_top_k
 
-__all__ = ["contrastive_nll", "contrastive_terms", "sigmoid_nll", "softmax_nll"]
+__all__ = [
+    "contrastive_nll",
+    "sample_hard_negatives",
+    "sigmoid_nll",
+    "softmax_nll",
+    "streamed_ranks",
+    "streamed_top_k",
+]

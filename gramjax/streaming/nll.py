@@ -7,32 +7,67 @@ other items are its negatives, and for item `j` the other queries are. Matched s
 Who takes part. An example is a *positive* if its query is present and the score can use its item. An item that the
 score can use remains a negative for the queries even if its own query is absent, and a query that is present remains a
 negative for the items even if its own item is not usable. Two examples with the same `ids` entry are never each
-other's negatives.
+other's negatives. A gallery may be longer than the queries: the items beyond them match nothing and are negatives only.
+
+How it is computed. Small score matrices are built whole. Large ones never are: `block_size` rows and columns of them
+are computed at a time, in the gradient once more, so that memory grows with the batch and not with its square. Values
+and gradients agree to rounding. Losses computed in tiles or across devices have a first derivative in reverse mode
+only; `block_size=None` with a small batch, on one device, has every derivative that JAX can take.
+
+Across devices. A loss is the loss of the whole batch, not the mean of losses of its parts, and its gradient is that:
+
+- `jax.grad` outside `jax.shard_map`, or inside of it: call the loss in the mapped function with `axis_name`, the axis
+  along which the batch is divided, each device with its own examples. `reduction="mean"` and `"sum"` give the same
+  number on every device, `None` the losses of the device's own examples.
+- inside `shard_map` with `check_vma=True` (the default), JAX sums the gradient of what is the same on all devices
+  (temperature, parameters of an encoder) by itself. With `check_vma=False`, and in `pmap`, it does not: each device
+  gets the gradient with respect to its own copy, and the sum of them over the devices (`psum`, not `pmean`) is the
+  gradient. For the device's embeddings it is complete in either case.
+- `jax.grad` *outside* of a `shard_map` with `check_vma=False` is the one form that is not served: JAX then hands each
+  device a part of the cotangent of a number that is the same on all, which cannot be told from the whole. Keep
+  `check_vma=True`, or return `reduction=None` from the mapped function and average outside.
+- global arrays under plain `jit`: pass `mesh` and `axis_name`; the loss enters `shard_map` by itself.
+
+The columns of the score matrix travel round the devices, each of which keeps its rows, so a device needs memory for
+its share of the batch only. `ids` must be comparable across devices; without `ids` all examples differ.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from gramjax import _checks, _reduction
+from gramjax import _checks, _devices, _reduction
 from gramjax.scores import Score, check_inputs
+from gramjax.streaming import _tiles
+from gramjax.streaming._engine import ITEMS, Plan, Scalars, Side, reduce
+from gramjax.streaming._statistics import LogSumExp, Partition, SoftplusSum, Statistic
+
+# Up to this many entries the whole score matrix is built unless `block_size` says otherwise.
+_WHOLE = 512 * 512
+# Rows and columns of a tile: a few MB, which stay in a processor's cache.
+_TILE = (512, 512)
 
 
+@_devices.over_mesh("queries", "gallery", "query_where", "gallery_where", "weights", "ids")
 def contrastive_nll(
     score: Score,
-    queries: Float[Array, "batch dim"],
-    gallery: Float[Array, "batch modality dim"],
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
     *,
     scale: ArrayLike,
     label_smoothing: float = 0.0,
-    query_where: Bool[Array, " batch"] | None = None,
-    gallery_where: Bool[Array, "batch modality"] | None = None,
+    query_where: Bool[Array, " queries"] | None = None,
+    gallery_where: Bool[Array, "items modality"] | None = None,
     weights: Array | None = None,
     ids: Array | None = None,
     symmetric: bool = True,
     detach_candidates: bool = False,
     reduction: _reduction.Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: _devices.AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     """Softmax cross-entropy of matched pairs against the rest of the batch, with `scale * score` for logits.
 
@@ -40,23 +75,28 @@ def contrastive_nll(
 
     Args:
       score: what is compared, for instance `gramjax.scores.Volume()`.
-      queries: `[batch, d]`.
-      gallery: `[batch, m, d]`; item `i` matches query `i`.
+      queries: `[Q, d]`.
+      gallery: `[N, m, d]`, `N >= Q`; item `i` matches query `i`, items from `Q` on are negatives only.
       scale: scalar that multiplies the scores: `1 / temperature`, negative for scores where lower is better. May be
         traced.
       label_smoothing: share of the target spread evenly over the candidates (the positive included), in [0, 1).
-      query_where: `[batch]` bool, which queries are present; default all.
-      gallery_where: `[batch, m]` bool, which modalities of the items are present; default all.
-      weights: `[batch]`, weight of each example's loss; default 1.
-      ids: `[batch]`, examples with equal ids are never each other's negatives; default all different.
+      query_where: `[Q]` bool, which queries are present; default all.
+      gallery_where: `[N, m]` bool, which modalities of the items are present; default all.
+      weights: `[Q]`, weight of each example's loss; default 1.
+      ids: `[N]` integers, the first `Q` those of the queries; examples with equal ids are never each other's negatives;
+        default all different.
       symmetric: average both directions; False for query to items only.
       detach_candidates: the reference implementations' distributed training gathers candidates without gradients: then
         queries learn from their own rows only, and items from their own columns only. True reproduces that; the
         default is the exact gradient.
       reduction: "mean" (weighted), "sum", or None for the weighted loss of each example, 0 where there is none.
+      block_size: rows and columns of the score matrix that are computed at a time; None: all of a small matrix,
+        tiles of a large one.
+      axis_name: mesh axis along which the batch is divided, inside `jax.shard_map`: see the module's introduction.
+      mesh: with `axis_name`, for global arrays outside of `shard_map`.
 
     Returns:
-      A scalar, or `[batch]` for `reduction=None`.
+      A scalar, or `[Q]` for `reduction=None`.
 
     Raises:
       TypeError: if a dtype is wrong.
@@ -67,39 +107,43 @@ def contrastive_nll(
     >>> round(float(contrastive_nll(Cosine(), a, a[:, None], scale=1.0)), 6)  # log(1 + exp(-1))
     0.313262
     """
+    del mesh
+    queries, gallery, query_where, gallery_where = _check_pairs(queries, gallery, query_where, gallery_where)
+    items = prepare(score, gallery, gallery_where, ids, axis_name)
     losses, valid = contrastive_terms(
-        score, queries, gallery, scale=scale, label_smoothing=label_smoothing, query_where=query_where,
-        gallery_where=gallery_where, ids=ids, symmetric=symmetric, detach_candidates=detach_candidates,
+        score, queries, query_where, items, scale=scale, label_smoothing=label_smoothing, symmetric=symmetric,
+        detach_candidates=detach_candidates, block_size=block_size, axis_name=axis_name,
     )  # fmt: skip
-    return _reduction.reduce(losses, valid, weights, reduction)
+    return _reduction.reduce(losses, valid, weights, reduction, axis_name)
+
+
+def prepare(score: Score, gallery: Array, gallery_where: Array, ids, axis_name: _devices.AxisName | None) -> Side:
+    """The columns of a score matrix, from a gallery that has been checked; several losses can share them."""
+    number = gallery.shape[0]
+    if ids is None:
+        ids = number * _devices.position(axis_name) + jnp.arange(number, dtype=jnp.int32)
+    else:
+        ids = _checks.ids("ids", ids, number)
+    prepared = _tiles.item_by_item(score.prepare, ITEMS, gallery, gallery_where)
+    return Side(prepared, ids, score.usable(gallery_where))
 
 
 def contrastive_terms(
-    score: Score, queries, gallery, *, scale, label_smoothing=0.0, query_where=None, gallery_where=None, ids=None,
-    symmetric=True, detach_candidates=False,
+    score: Score, queries: Array, query_where: Array, items: Side, *, scale, label_smoothing=0.0, symmetric=True,
+    detach_candidates=False, block_size=None, axis_name=None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Loss of each example `[batch]` and which examples have one; arguments as for `contrastive_nll`."""
-    queries, gallery, query_where, gallery_where = _check_pairs(queries, gallery, query_where, gallery_where)
+    """Loss of each example `[Q]` and which examples have one; the other arguments as for `contrastive_nll`."""
     scale = _checks.real_scalar("scale", scale, queries.dtype)
     label_smoothing = _checks.fraction("label_smoothing", label_smoothing)
-    prepared = score.prepare(gallery, gallery_where)
-    usable = score.usable(gallery_where)
-    different = _different(ids, queries.shape[0])
-
-    def one_direction(queries, prepared, negatives, axis):
-        logits = scale * score.tile(queries, prepared)
-        positives = scale * score.pairs(queries, prepared)
-        return softmax_nll(logits if axis == 1 else logits.T, positives, negatives, label_smoothing)
-
-    fixed_queries, fixed_prepared = (
-        jax.lax.stop_gradient((queries, prepared)) if detach_candidates else (queries, prepared)
-    )
-    # Without `detach_candidates` both directions see the same scores, which XLA computes once.
-    losses = one_direction(queries, fixed_prepared, different & usable[None, :], axis=1)
+    statistic = LogSumExp(sums=label_smoothing > 0)
+    rows = _rows(queries, query_where, items)
+    plan = _plan(score, statistic, rows, items, symmetric, detach_candidates, block_size, axis_name)
+    reduced = reduce(plan, rows, items, Scalars(scale))
+    losses = _softmax_losses(reduced.rows, scale * reduced.row_matches, label_smoothing)
     if symmetric:
-        backward = one_direction(fixed_queries, prepared, different & query_where[None, :], axis=0)
-        losses = 0.5 * (losses + backward)
-    return losses, query_where & usable
+        matched = jax.tree.map(lambda x: x[: queries.shape[0]], reduced.columns)
+        losses = 0.5 * (losses + _softmax_losses(matched, scale * reduced.column_matches, label_smoothing))
+    return losses, query_where & items.present[: queries.shape[0]]
 
 
 def softmax_nll(
@@ -110,31 +154,38 @@ def softmax_nll(
 ) -> Float[Array, " rows"]:
     """`-log softmax` of each row's positive logit among itself and the `negatives` of its row.
 
-    Computed from differences to the positive as `log1p` of small terms: a loss of 1e-9 is 1e-9, not 0.
+    Computed from the difference to the positive as `log1p` of a small term: a loss of 1e-9 is 1e-9, not 0.
     """
-    difference = jnp.where(negatives, logits - positives[:, None], -jnp.inf)
-    peak = jax.lax.stop_gradient(jnp.maximum(jnp.max(difference, axis=1, initial=0.0), 0.0))
-    others = jnp.sum(jnp.exp(difference - peak[:, None]), axis=1)
-    # log(exp(0) + sum exp(difference)), the positive's own term written as expm1 so that log1p sees small numbers.
-    losses = peak + jnp.log1p(others + jnp.expm1(-peak))
-    if label_smoothing:
-        count = 1.0 + jnp.sum(negatives, axis=1).astype(logits.dtype)
-        losses = losses - label_smoothing * jnp.sum(jnp.where(negatives, difference, 0.0), axis=1) / count
+    statistic = LogSumExp(sums=label_smoothing > 0)
+    running = statistic.add(statistic.empty(logits.shape[0], logits.dtype), logits, negatives, 1)
+    return _softmax_losses(statistic.finish(running), positives, label_smoothing)
+
+
+def _softmax_losses(negatives: Partition, positives: Array, label_smoothing: float) -> Array:
+    # A log-sum-exp of -inf, where there are no negatives, gives 0 with derivative 0.
+    losses = jax.nn.softplus(negatives.log_sum_exp - positives)
+    if negatives.total is not None and negatives.count is not None:
+        spread = (negatives.total - negatives.count * positives) / (1.0 + negatives.count)
+        losses = losses - label_smoothing * spread
     return losses
 
 
+@_devices.over_mesh("queries", "gallery", "query_where", "gallery_where", "weights", "ids")
 def sigmoid_nll(
     score: Score,
-    queries: Float[Array, "batch dim"],
-    gallery: Float[Array, "batch modality dim"],
+    queries: Float[Array, "queries dim"],
+    gallery: Float[Array, "items modality dim"],
     *,
     scale: ArrayLike,
     bias: ArrayLike,
-    query_where: Bool[Array, " batch"] | None = None,
-    gallery_where: Bool[Array, "batch modality"] | None = None,
+    query_where: Bool[Array, " queries"] | None = None,
+    gallery_where: Bool[Array, "items modality"] | None = None,
     weights: Array | None = None,
     ids: Array | None = None,
     reduction: _reduction.Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: _devices.AxisName | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     """Binary cross-entropy of every pair, with `scale * score + bias` for logits (SigLIP, arXiv 2303.15343).
 
@@ -142,18 +193,23 @@ def sigmoid_nll(
 
     Args:
       score: what is compared.
-      queries: `[batch, d]`.
-      gallery: `[batch, m, d]`; item `i` matches query `i`.
+      queries: `[Q, d]`.
+      gallery: `[N, m, d]`, `N >= Q`; item `i` matches query `i`, items from `Q` on are negatives only.
       scale: scalar that multiplies the scores, negative for scores where lower is better. May be traced.
       bias: scalar added to the logits. May be traced.
-      query_where: `[batch]` bool, which queries are present; default all.
-      gallery_where: `[batch, m]` bool, which modalities of the items are present; default all.
-      weights: `[batch]`, weight of each query's loss; default 1.
-      ids: `[batch]`, examples with equal ids are never each other's negatives; default all different.
-      reduction: "mean" over examples (each a sum over the batch), "sum", or None for `[batch]`.
+      query_where: `[Q]` bool, which queries are present; default all.
+      gallery_where: `[N, m]` bool, which modalities of the items are present; default all.
+      weights: `[Q]`, weight of each query's loss; default 1.
+      ids: `[N]` integers, the first `Q` those of the queries; examples with equal ids are never each other's negatives;
+        default all different.
+      reduction: "mean" over examples (each a sum over the batch), "sum", or None for `[Q]`.
+      block_size: rows and columns of the score matrix that are computed at a time; None: all of a small matrix,
+        tiles of a large one.
+      axis_name: mesh axis along which the batch is divided, inside `jax.shard_map`: see the module's introduction.
+      mesh: with `axis_name`, for global arrays outside of `shard_map`.
 
     Returns:
-      A scalar, or `[batch]` for `reduction=None`.
+      A scalar, or `[Q]` for `reduction=None`.
 
     Raises:
       TypeError: if a dtype is wrong.
@@ -164,30 +220,43 @@ def sigmoid_nll(
     >>> round(float(sigmoid_nll(Cosine(), a, a[:, None], scale=0.0, bias=0.0)), 6)  # 2 log 2
     1.386294
     """
+    del mesh
     queries, gallery, query_where, gallery_where = _check_pairs(queries, gallery, query_where, gallery_where)
     scale = _checks.real_scalar("scale", scale, queries.dtype)
     bias = _checks.real_scalar("bias", bias, queries.dtype)
-    prepared = score.prepare(gallery, gallery_where)
-    usable = score.usable(gallery_where)
-    negatives = _different(ids, queries.shape[0]) & usable[None, :]
-    repelled = jax.nn.softplus(scale * score.tile(queries, prepared) + bias)
-    losses = jax.nn.softplus(-(scale * score.pairs(queries, prepared) + bias))
-    losses = losses + jnp.sum(jnp.where(negatives, repelled, 0.0), axis=1)
-    return _reduction.reduce(losses, query_where & usable, weights, reduction)
+    items = prepare(score, gallery, gallery_where, ids, axis_name)
+    rows = _rows(queries, query_where, items)
+    plan = _plan(score, SoftplusSum(), rows, items, False, False, block_size, axis_name)
+    reduced = reduce(plan, rows, items, Scalars(scale, bias))
+    attracted, repelled = jax.nn.softplus(-(scale * reduced.row_matches + bias)), reduced.rows
+    valid = query_where & items.present[: queries.shape[0]]
+    return _reduction.reduce(attracted + repelled, valid, weights, reduction, axis_name)
 
 
 def _check_pairs(queries, gallery, query_where, gallery_where) -> tuple[Array, Array, Array, Array]:
     queries, gallery, gallery_where = check_inputs(queries, gallery, gallery_where)
-    if queries.shape[0] != gallery.shape[0]:
+    if queries.shape[0] > gallery.shape[0]:
         raise ValueError(
-            "queries and gallery must hold matched pairs, item i for query i; "
+            "queries and gallery must hold matched pairs, item i for query i, and no query without an item; "
             f"got shapes {queries.shape} and {gallery.shape}."
         )
-    query_where = _checks.mask("query_where", query_where, queries.shape[:1], "[batch]")
+    query_where = _checks.mask("query_where", query_where, queries.shape[:1], "[queries]")
     return jnp.where(query_where[:, None], queries, 0.0), gallery, query_where, gallery_where
 
 
-def _different(ids, batch: int) -> Bool[Array, "batch batch"]:
-    """Which pairs of examples are each other's negatives."""
-    ids = jnp.arange(batch) if ids is None else _checks.per_example("ids", ids, batch)
-    return (ids[:, None] != ids[None, :]) & ~jnp.eye(batch, dtype=bool)
+def _rows(queries: Array, query_where: Array, items: Side) -> Side:
+    return Side(queries, items.ids[: queries.shape[0]], query_where)
+
+
+def _plan(
+    score: Score, statistic: Statistic, rows: Side, columns: Side, both: bool, detach_candidates: bool,
+    block_size: int | None, axis_name: _devices.AxisName | None,
+) -> Plan:  # fmt: skip
+    if block_size is not None:
+        block_size = _checks.size("block_size", block_size)
+        tile = (block_size, block_size)
+    elif axis_name is None and rows.ids.shape[0] * columns.ids.shape[0] <= _WHOLE:
+        tile = None
+    else:
+        tile = _TILE
+    return Plan(score, statistic, both, detach_candidates, tile, axis_name)

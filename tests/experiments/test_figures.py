@@ -25,6 +25,16 @@ def found(colour, right=False):
     return figures.Found(np.broadcast_to(np.array(colour), (8, 8, 3)), "a name longer than fits below it", right)
 
 
+def test_scaling_draws_every_line(tmp_path):
+    lines = {"ours": ([1.0, 2.0, 4.0], [1.0, 2.0, 4.0]), "theirs": ([1.0, 2.0], [3.0, 12.0])}
+    path = figures.scaling(
+        {("time", "batch", "seconds"): lines, ("memory", "batch", "bytes"): lines}, tmp_path / "s.png"
+    )
+    picture = read(path)
+    assert has_colour(picture, figures.PALETTE[0]) > 100
+    assert has_colour(picture, figures.PALETTE[1]) > 100
+
+
 def gallery_row(query, rank=1):
     results = [found((1.0, 0.0, 0.0)), found((0.0, 1.0, 0.0), right=rank == 2)]
     return figures.GalleryRow(query, "speak no evil monkey", results, found((0.0, 0.0, 1.0)), rank)

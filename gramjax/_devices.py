@@ -1,0 +1,150 @@
+"""A batch divided over devices: what a loss of the whole batch needs to know and to do there.
+
+Inside `jax.shard_map` (or `pmap`) a loss is called on each device with that device's examples and `axis_name`, the
+mesh axis along which the batch is divided. With `mesh` besides, it is called on global arrays and enters `shard_map`
+by itself (`over_mesh`).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+AxisName = str | tuple[str, ...]
+_Loss = TypeVar("_Loss", bound=Callable[..., Array])
+
+
+def axis_size(axis_name: AxisName | None) -> int:
+    """Number of devices along the axis; 1 for None."""
+    if axis_name is None:
+        return 1
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            "axis_name must name a mesh axis of the jax.shard_map (or pmap) that the call is made in, got "
+            f"{axis_name!r}, which is not bound here. For global arrays outside of shard_map pass mesh= as well."
+        ) from error
+
+
+def position(axis_name: AxisName | None) -> Array | int:
+    """Which device along the axis this is; 0 for None."""
+    axis_size(axis_name)
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name)
+
+
+def global_sum(x: Array, axis_name: AxisName | None) -> Array:
+    """Sum over the devices along the axis, with the gradient of one global number.
+
+    JAX transposes `psum` in two ways. Where it tracks what varies over devices (`check_vma=True`, the default of
+    `shard_map`), a cotangent of the sum reaches every device's term once. Where it does not (`check_vma=False`,
+    `pmap`), the cotangents of all devices' copies of the sum are added up: the gradient of one loss comes out times
+    the number of devices. Here it is once in both.
+    """
+    if axis_name is None:
+        return x
+    axis_size(axis_name)
+    return jax.lax.psum(vary_over(x, axis_name), axis_name) if _tracked(axis_name) else _untracked_sum(x, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _untracked_sum(x: Array, axis_name: AxisName) -> Array:
+    return jax.lax.psum(x, axis_name)
+
+
+_untracked_sum.defvjp(lambda x, axis_name: (_untracked_sum(x, axis_name), None), lambda axis_name, _, g: (g,))
+
+
+def varying(tree: Any) -> frozenset:
+    """Mesh axes over which any array of the tree is known to vary."""
+    axes = frozenset()
+    for leaf in jax.tree.leaves(tree):
+        kind = jax.typeof(leaf)
+        kind = getattr(kind, "manual_axis_type", kind)  # where the type keeps it depends on the version of JAX
+        axes |= getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
+    return axes
+
+
+def vary_over(tree: Any, axes: AxisName | frozenset | None) -> Any:
+    """Marks every array as varying over these axes, where JAX tracks it: the operands of a loop must agree on that."""
+    axes = frozenset((axes,) if isinstance(axes, str) else axes or ())
+
+    def mark(leaf):
+        missing = tuple(axis for axis in sorted(axes - varying(leaf)) if _tracked(axis))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree)
+
+
+def _tracked(axis_name: AxisName) -> bool:
+    return bool(varying(jax.lax.axis_index(axis_name)))
+
+
+def shift(tree: Any, axis_name: AxisName) -> Any:
+    """Every device's arrays to the next device of the ring."""
+    size = axis_size(axis_name)
+    if size == 1:
+        return tree
+    steps = [(device, (device + 1) % size) for device in range(size)]
+    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, steps), tree)
+
+
+def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
+    """Gives a loss with the keywords `axis_name`, `mesh` and `reduction` its form for global arrays.
+
+    Called with `mesh`, the loss runs inside `jax.shard_map` over the whole mesh: the arguments named in `divided` are
+    divided along their first axis over `axis_name`, all other arrays are the same everywhere.
+    """
+
+    def decorate(loss: _Loss) -> _Loss:
+        signature = inspect.signature(loss)
+
+        @functools.wraps(loss)
+        def wrapped(*args, **kwargs):
+            if kwargs.get("mesh") is None:
+                return loss(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            mesh, axis_name = given.pop("mesh"), given.get("axis_name")
+            devices = devices_along(mesh, axis_name)
+            batched = {name: jnp.asarray(given.pop(name)) for name in divided if given.get(name) is not None}
+            for name, array in batched.items():
+                if array.ndim == 0 or array.shape[0] % devices:
+                    raise ValueError(
+                        f"{name} must have a first axis that divides over the {devices} devices of mesh axis "
+                        f"{axis_name!r}, got shape {array.shape}."
+                    )
+            arrays = {name: given.pop(name) for name in list(given) if isinstance(given[name], jax.Array)}
+            whole = PartitionSpec(axis_name) if given.get("reduction", "mean") is None else PartitionSpec()
+            return run_on(
+                mesh, lambda batched, arrays: loss(**given, **batched, **arrays), (batched, arrays),
+                (PartitionSpec(axis_name), PartitionSpec()), whole,
+            )  # fmt: skip
+
+        return wrapped  # pyright: ignore[reportReturnType]
+
+    return decorate
+
+
+def run_on(mesh: Mesh, body: Callable, operands: tuple, specs: tuple[PartitionSpec, ...], out_specs: Any) -> Any:
+    """`body(*operands)` inside `jax.shard_map`, with one spec for all arrays of an operand."""
+    if AxisType.Explicit in mesh.axis_types:
+        operands = tuple(jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs))
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out_specs)(*operands)
+
+
+def devices_along(mesh: Mesh, axis_name: AxisName | None) -> int:
+    """Number of devices along an axis of the mesh, checked to be one."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}.")
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    if not names or not set(names) <= set(mesh.axis_names):
+        raise ValueError(f"axis_name must name an axis of the mesh, one of {mesh.axis_names}, got {axis_name!r}.")
+    size = 1
+    for name in names:
+        size *= mesh.shape[name]
+    return size

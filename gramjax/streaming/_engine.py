@@ -1,0 +1,246 @@
+"""Statistics of the rows and columns of a score matrix that is never held whole.
+
+The forward pass goes over the tiles of the matrix once and extends the running statistics of its rows and of its
+columns. The gradient computes every tile again: from the finished statistics follows the cotangent of its logits, which
+the score's own derivative carries on to queries and items. What is kept between the two is one number or a few for
+each row and column. Together that is four matrix products for each one that the scores need.
+
+Across devices every device keeps its rows, and the columns travel round the ring with their running statistics; in the
+gradient they carry their cotangents home.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from gramjax import _devices
+from gramjax.scores import Score
+from gramjax.streaming import _tiles
+from gramjax.streaming._statistics import Statistic
+
+# Items whose preparation, or score with their match, is computed at a time.
+ITEMS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is computed and how."""
+
+    score: Score
+    statistic: Statistic
+    both: bool
+    """Of the columns as well as of the rows."""
+    detach_candidates: bool
+    tile: tuple[int, int] | None
+    """Rows and columns of a tile; None: the whole matrix at once, differentiated by JAX."""
+    axis_name: _devices.AxisName | None
+
+
+class Side(NamedTuple):
+    """The rows or the columns: queries `[n, d]` or prepared items, and who is whose negative."""
+
+    vectors: Any
+    ids: Int[Array, " n"]
+    present: Bool[Array, " n"]
+
+
+class Scalars(NamedTuple):
+    """Logits are `scale * score + bias`."""
+
+    scale: Array
+    bias: Array | None = None
+
+
+class Reduced(NamedTuple):
+    """What losses are computed from."""
+
+    rows: Any
+    """The statistic of each row over the columns that are its negatives: present, and with another id."""
+    columns: Any
+    """The statistic of each column over the rows that are its negatives; None if it is not asked for."""
+    row_matches: Array
+    """Score of each row with the column of its number, as the row's loss takes it."""
+    column_matches: Array
+    """The same as the column's loss takes it; only the gradients differ, with `detach_candidates`."""
+
+
+def reduce(plan: Plan, rows: Side, columns: Side, scalars: Scalars) -> Reduced:
+    """Reduces the logits of every row with every column, and scores the matched ones."""
+    if plan.tile is None and plan.axis_name is None:
+        return _at_once(plan, rows, columns, scalars)
+    axes = _devices.varying((rows, columns, scalars))
+    if plan.axis_name is not None:
+        axes |= frozenset((plan.axis_name,) if isinstance(plan.axis_name, str) else plan.axis_name)
+    return _streamed(plan, *_devices.vary_over((rows, columns, scalars), axes))
+
+
+def _at_once(plan, rows, columns, scalars):
+    of_rows, of_columns = _negatives(rows, columns)
+    fixed_rows, fixed_columns = rows.vectors, columns.vectors
+    if plan.detach_candidates:
+        fixed_rows, fixed_columns = jax.lax.stop_gradient((fixed_rows, fixed_columns))
+
+    def gather(queries, prepared, counted, axis):
+        logits = _logits(plan, queries, prepared, scalars)
+        running = plan.statistic.empty(counted.shape[1 - axis], logits.dtype)
+        statistic = plan.statistic.finish(plan.statistic.add(running, logits, counted, axis))
+        return statistic, plan.score.pairs(queries, _first(prepared, queries.shape[0]))
+
+    # Without `detach_candidates` both directions see the same scores, which XLA computes once.
+    by_row, row_matches = gather(rows.vectors, fixed_columns, of_rows, 1)
+    if not plan.both:
+        return Reduced(by_row, None, row_matches, row_matches)
+    by_column, column_matches = gather(fixed_rows, columns.vectors, of_columns, 0)
+    return Reduced(by_row, by_column, row_matches, column_matches)
+
+
+def _matches(plan):
+    return lambda inputs, _: plan.score.pairs(*inputs)
+
+
+def _first(tree, size):
+    return jax.tree.map(lambda x: x[:size], tree)
+
+
+def _logits(plan, queries, prepared, scalars):
+    logits = scalars.scale * plan.score.tile(queries, prepared)
+    return logits if scalars.bias is None else logits + scalars.bias
+
+
+def _negatives(rows: Side, columns: Side, fresh=(None, None)) -> tuple[Array, Array]:
+    """Which entries count for their row, and which for their column; of those that are `fresh` only."""
+    different = rows.ids[:, None] != columns.ids[None, :]
+    for axis, new in ((1, fresh[0]), (0, fresh[1])):
+        if new is not None:
+            different = different & jnp.expand_dims(new, axis)
+    return different & columns.present[None, :], different & rows.present[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _streamed(plan: Plan, rows: Side, columns: Side, scalars: Scalars) -> Any:
+    def visit(by_row, columns, by_column):
+        def tile(state, i, j, fresh):
+            by_row, by_column = state
+            (row, n), (column, m) = i, j
+            here, there = _tiles.cut(rows, row, n), _tiles.cut(columns, column, m)
+            logits = _logits(plan, here.vectors, there.vectors, scalars)
+            of_rows, of_columns = _negatives(here, there, fresh)
+            extended = plan.statistic.add(_tiles.cut(by_row, row, n), logits, of_rows, 1)
+            by_row = _tiles.put(by_row, extended, row)
+            if plan.both:
+                extended = plan.statistic.add(_tiles.cut(by_column, column, m), logits, of_columns, 0)
+                by_column = _tiles.put(by_column, extended, column)
+            return by_row, by_column
+
+        return _over_tiles(plan, rows, columns, tile, (by_row, by_column))
+
+    def empty(side):
+        running = plan.statistic.empty(side.ids.shape[0], scalars.scale.dtype)
+        return _devices.vary_over(running, _devices.varying(side.ids))
+
+    by_row, by_column = _round_the_ring(plan, visit, empty(rows), columns, empty(columns) if plan.both else None)
+    matched = rows.vectors, _first(columns.vectors, rows.ids.shape[0])
+    matches = _tiles.item_by_item(_matches(plan), ITEMS, matched)
+    by_column = plan.statistic.finish(by_column) if plan.both else None
+    return Reduced(plan.statistic.finish(by_row), by_column, matches, matches)
+
+
+def _forward(plan, rows, columns, scalars):
+    reduced: Any = _streamed(plan, rows, columns, scalars)
+    return reduced, (rows, columns, scalars, reduced.rows, reduced.columns)
+
+
+def _backward(plan, residuals, cotangents):
+    rows, columns, scalars, by_row, by_column = residuals
+    of_row, of_column, *_ = cotangents
+
+    def visit(state, visitor, gradients):
+        columns, by_column, of_column = visitor
+
+        def tile(state, i, j, fresh):
+            (row_gradients, scalar_gradients), column_gradients = state
+            (row, n), (column, m) = i, j
+            here, row_finished, row_cotangents = _tiles.cut((rows, by_row, of_row), row, n)
+            there, column_finished, column_cotangents = _tiles.cut((columns, by_column, of_column), column, m)
+            logits, pull = jax.vjp(functools.partial(_logits, plan), here.vectors, there.vectors, scalars)
+            of_rows, of_columns = _negatives(here, there, fresh)
+            by_rows = plan.statistic.pull(row_finished, row_cotangents, logits, of_rows, 1)
+            if not plan.both:
+                by_columns = jnp.zeros_like(by_rows)
+            else:
+                by_columns = plan.statistic.pull(column_finished, column_cotangents, logits, of_columns, 0)
+            if plan.detach_candidates:
+                queries, _, along_rows = pull(by_rows)
+                _, prepared, along_columns = pull(by_columns)
+                scale = jax.tree.map(jnp.add, along_rows, along_columns)
+            else:
+                queries, prepared, scale = pull(by_rows + by_columns)
+            return (
+                _tiles.add(row_gradients, queries, row, n), jax.tree.map(jnp.add, scalar_gradients, scale),
+            ), _tiles.add(column_gradients, prepared, column, m)  # fmt: skip
+
+        return _over_tiles(plan, rows, columns, tile, (state, gradients))
+
+    # The gradients of the matched scores come first, and those of the tiles are added to them in place.
+    queries, prepared = _pull_matches(plan, rows, columns, cotangents)
+    state, column_gradients = _round_the_ring(
+        plan, visit, (queries, _tiles.zeros(scalars)), (columns, by_column, of_column), prepared
+    )
+    row_gradients, scalar_gradients = state
+    row_cotangents = rows._replace(vectors=row_gradients, ids=None, present=None)
+    column_cotangents = columns._replace(vectors=column_gradients, ids=None, present=None)
+    return row_cotangents, column_cotangents, scalar_gradients
+
+
+_streamed.defvjp(_forward, _backward)
+
+
+def _pull_matches(plan, rows, columns, cotangents):
+    size = rows.ids.shape[0]
+    matched = rows.vectors, _first(columns.vectors, size)
+    pull = functools.partial(_tiles.pull_item_by_item, _matches(plan), ITEMS, matched, ())
+    if plan.detach_candidates:
+        (queries, _), (_, prepared) = pull(cotangents.row_matches), pull(cotangents.column_matches)
+    else:
+        queries, prepared = pull(cotangents.row_matches + cotangents.column_matches)
+    if size < columns.ids.shape[0]:
+        prepared = _tiles.put(_tiles.zeros(columns.vectors), prepared, jnp.int32(0))
+    return queries, prepared
+
+
+def _over_tiles(plan, rows, columns, tile, state):
+    """Folds `tile(state, (row, rows of a tile), (column, columns of a tile), fresh)` over the tiles."""
+    total = rows.ids.shape[0], columns.ids.shape[0]
+    size = tuple(min(n, most) for n, most in zip(total, plan.tile or total))
+    down, across = (_tiles.number(n, s) for n, s in zip(total, size))
+
+    def body(index, state):
+        (row, new_rows), (column, new_columns) = (
+            _tiles.window(i, n, s) for i, n, s in zip((index % down, index // down), total, size)
+        )
+        return tile(state, (row, size[0]), (column, size[1]), (new_rows, new_columns))
+
+    return jax.lax.fori_loop(0, down * across, body, state)
+
+
+def _round_the_ring(plan, visit, state, columns, travelling):
+    """Folds `visit(state, columns, travelling) -> state, travelling` over the columns of every device.
+
+    `travelling` goes with its columns, and after the last step is where it started.
+    """
+    if _devices.axis_size(plan.axis_name) == 1:
+        return visit(state, columns, travelling)
+
+    def step(_, carry):
+        state, columns, travelling = carry
+        state, travelling = visit(state, columns, travelling)
+        # Sending the columns on does not wait for the visit: a device can do both at once.
+        columns, travelling = _devices.shift((columns, travelling), plan.axis_name)
+        return state, columns, travelling
+
+    state, _, travelling = jax.lax.fori_loop(0, _devices.axis_size(plan.axis_name), step, (state, columns, travelling))
+    return state, travelling

@@ -1,0 +1,255 @@
+"""The streamed reductions against whole score matrices, float64 NumPy and themselves in other tiles."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gramjax import scores
+from gramjax.streaming import contrastive_nll, sigmoid_nll
+from tests import reference
+
+
+def _batch(queries=24, items=24, m=2, d=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "queries": jnp.asarray(reference.unit(rng, queries, d)),
+        "gallery": jnp.asarray(reference.unit(rng, items, m, d)),
+        "query_where": jnp.asarray(rng.random(queries) < 0.8),
+        "gallery_where": jnp.asarray(rng.random((items, m)) < 0.7),
+        "weights": jnp.asarray(rng.random(queries)),
+        "ids": jnp.asarray(rng.integers(0, 2 * items, items)),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("score", "block_size", "detach"))
+def _value_and_gradients(batch, scale, score, block_size, detach=False):
+    def loss(queries, gallery, scale):
+        both = {**batch, "queries": queries, "gallery": gallery}
+        losses = contrastive_nll(
+            score, **both, scale=scale, label_smoothing=0.1, detach_candidates=detach, block_size=block_size,
+            reduction=None,
+        )  # fmt: skip
+        return jnp.mean(losses), losses
+
+    (_, losses), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
+        batch["queries"], batch["gallery"], scale
+    )
+    return losses, *gradients
+
+
+def _assert_close(results, expected, tolerance):
+    """To rounding, relative to the largest entry."""
+    for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1e-30))
+
+
+def _cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+@pytest.mark.parametrize("score", [scores.Volume(), scores.Triangle()], ids=repr)
+def test_tiles_equal_the_whole_matrix(score, x64):
+    batch = _batch()
+    scale = 10.0 if score.higher_is_better else -10.0
+    whole = _value_and_gradients(batch, scale, score, None)
+    _assert_close(_value_and_gradients(batch, scale, score, 5), whole, 1e-12)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 8, 23, 24, 1000])
+def test_values_do_not_depend_on_the_block_size(block_size):
+    batch = _cast(_batch(m=1), jnp.float32)
+    whole = _value_and_gradients(batch, 10.0, scores.Cosine(), None)
+    _assert_close(_value_and_gradients(batch, 10.0, scores.Cosine(), block_size), whole, 2e-6)
+
+
+def test_detached_candidates_in_tiles(x64):
+    batch = _batch(m=1)
+    whole = _value_and_gradients(batch, 10.0, scores.Cosine(), None, detach=True)
+    tiled = _value_and_gradients(batch, 10.0, scores.Cosine(), 5, detach=True)
+    _assert_close(tiled, whole, 1e-12)
+    exact = _value_and_gradients(batch, 10.0, scores.Cosine(), 5)
+    np.testing.assert_allclose(tiled[0], exact[0])
+    np.testing.assert_allclose(tiled[3], exact[3])  # The gradient of the scale is the same.
+    assert not np.allclose(tiled[1], exact[1])
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_items_beyond_the_queries_are_negatives_only(block_size, symmetric, x64):
+    batch = _batch(queries=6, items=11, m=1)
+    losses = contrastive_nll(
+        scores.Cosine(), **batch, scale=3.0, label_smoothing=0.1, symmetric=symmetric, block_size=block_size,
+        reduction=None,
+    )  # fmt: skip
+    batch = jax.tree.map(np.asarray, batch)
+    queries, items, ids = batch["queries"], batch["gallery"][:, 0], batch["ids"]
+    here, usable = batch["query_where"], batch["gallery_where"][:, 0]
+    logits = 3.0 * queries @ items.T
+    for i in range(6):
+        forward = [logits[i, j] for j in range(11) if usable[j] and ids[j] != ids[i]]
+        expected = reference.softmax_nll(logits[i, i], forward, 0.1)
+        if symmetric:
+            backward = [logits[j, i] for j in range(6) if here[j] and ids[j] != ids[i]]
+            expected = 0.5 * (expected + reference.softmax_nll(logits[i, i], backward, 0.1))
+        expected = expected * batch["weights"][i] if here[i] and usable[i] else 0.0
+        np.testing.assert_allclose(losses[i], expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_a_small_loss_keeps_its_digits(block_size):
+    """One positive far above the negatives: the loss is about 5e-10, far below the rounding of its logits' sum."""
+    z = jnp.eye(8)
+    losses = contrastive_nll(scores.Cosine(), z, z[:, None], scale=23.0, block_size=block_size, reduction=None)
+    np.testing.assert_allclose(losses, np.log1p(7 * np.exp(-23.0)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [None, 5])
+def test_large_scales_do_not_overflow(block_size):
+    batch = _cast(_batch(m=1), jnp.float32)
+    results = _value_and_gradients(batch, 1e5, scores.Cosine(), block_size)
+    assert all(np.all(np.isfinite(x)) for x in results)
+    assert np.max(results[0]) > 1e4
+
+
+def test_sigmoid_in_tiles(x64):
+    batch = _batch(queries=18, m=1)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(block_size):
+        def loss(queries, gallery, scale, bias):
+            inputs = {**batch, "queries": queries, "gallery": gallery}
+            return sigmoid_nll(scores.Cosine(), **inputs, scale=scale, bias=bias, block_size=block_size)
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3))(batch["queries"], batch["gallery"], 5.0, -2.0)
+
+    _assert_close(both(7), both(None), 1e-12)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gradient_of_volumes(z, block_size):
+    def loss(z):
+        return contrastive_nll(scores.Volume(), z[:, 0], z[:, 1:], scale=-10.0, block_size=block_size)
+
+    return jax.value_and_grad(loss)(z)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_finite_at_degenerate_inputs(data):
+    entries = st.sampled_from([0.0, 1.0, -1.0, 0.5, 1e-3, 1e-7, -1e-4, 1e-12, 0.7071])
+    z = data.draw(st.lists(entries, min_size=7 * 3 * 4, max_size=7 * 3 * 4))
+    value, gradient = _gradient_of_volumes(jnp.reshape(jnp.asarray(z), (7, 3, 4)), 3)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_vmap_of_tiles():
+    batch = _cast(_batch(m=1), jnp.float32)
+    loss = functools.partial(contrastive_nll, scores.Cosine(), scale=5.0, block_size=5)
+    pair = jnp.stack([batch["queries"], batch["queries"][::-1]])
+    mapped = jax.jit(jax.vmap(jax.value_and_grad(loss), (0, None)))(pair, batch["gallery"])
+    single = [jax.jit(jax.value_and_grad(loss))(queries, batch["gallery"]) for queries in pair]
+    _assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *single), 1e-6)
+
+
+def test_half_precision_is_accumulated_in_float32():
+    batch = _cast(_batch(m=1), jnp.bfloat16)
+    loss = functools.partial(contrastive_nll, scores.Cosine(), scale=5.0, block_size=5)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(batch["queries"], batch["gallery"])
+    wide = _cast(batch, jnp.float32)
+    assert value.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(value, jax.jit(loss)(wide["queries"], wide["gallery"]), rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Distance:
+    """A score that gramjax does not have: minus the distance to the farthest modality, which has no matrix product."""
+
+    higher_is_better = True
+
+    def usable(self, where):
+        return jnp.any(where, axis=-1)
+
+    def prepare(self, gallery, where):
+        return {"items": gallery, "where": where.astype(gallery.dtype)}
+
+    def tile(self, queries, prepared):
+        squares = jnp.sum(jnp.square(queries[:, None, None] - prepared["items"][None]), axis=-1)
+        return -jnp.max(squares * prepared["where"][None], axis=-1)
+
+    def pairs(self, queries, prepared):
+        squares = jnp.sum(jnp.square(queries[:, None] - prepared["items"]), axis=-1)
+        return -jnp.max(squares * prepared["where"], axis=-1)
+
+
+def test_a_score_from_outside_needs_nothing_but_the_protocol(x64):
+    batch = _batch()
+    whole = _value_and_gradients(batch, 2.0, _Distance(), None)
+    _assert_close(_value_and_gradients(batch, 2.0, _Distance(), 5), whole, 1e-12)
+
+
+def _shapes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (getattr(variable.aval, "shape", ()) for variable in equation.outvars)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _shapes(inner)
+
+
+def test_nothing_of_the_size_of_the_score_matrix_is_ever_held():
+    batch, d, block = 301, 7, 32
+    z = jnp.zeros((batch, 3, d))
+
+    def loss(z):
+        return contrastive_nll(scores.Volume(), z[:, 0], z[:, 1:], scale=-10.0, label_smoothing=0.1, block_size=block)
+
+    shapes = list(_shapes(jax.make_jaxpr(jax.value_and_grad(loss))(z).jaxpr))
+    assert (block, block) in shapes
+    assert max(np.prod(shape) for shape in shapes) <= z.size
+
+
+def test_what_the_gradient_keeps_grows_with_the_batch_and_not_its_square():
+    def kept(batch):
+        def loss(z):
+            return contrastive_nll(scores.Volume(), z[:, 0], z[:, 1:], scale=-10.0, block_size=32)
+
+        pull = jax.eval_shape(lambda z: jax.vjp(loss, z)[1], jax.ShapeDtypeStruct((batch, 3, 8), jnp.float32))
+        return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(pull))
+
+    assert kept(4000) <= 2.01 * kept(2000)
+
+
+@pytest.mark.usefixtures("unchecked_signatures")
+@pytest.mark.parametrize("loss", [contrastive_nll, functools.partial(sigmoid_nll, bias=0.0)])
+def test_bad_input(loss):
+    z, items = jnp.ones((4, 8)), jnp.ones((4, 2, 8))
+    call = functools.partial(loss, scores.Cosine(), scale=1.0)
+    for value in (0, -3):
+        with pytest.raises(ValueError, match=f"block_size must be at least 1, got {value}"):
+            call(z, items, block_size=value)
+    for value in (2.0, True):
+        with pytest.raises(TypeError, match="block_size must be an integer of at least 1, or None, got"):
+            call(z, items, block_size=value)
+    with pytest.raises(ValueError, match=r"no query without an item; got shapes \(4, 8\) and \(3, 2, 8\)"):
+        call(z, items[:3])
+    with pytest.raises(TypeError, match=r"ids must be integers of shape \[batch\] = \(4,\), got dtype float32"):
+        call(z, items, ids=jnp.ones(4))
+    with pytest.raises(ValueError, match=r"axis_name must name a mesh axis of the jax.shard_map.*got 'data'"):
+        call(z, items, axis_name="data")
+    mesh = jax.make_mesh((3,), ("data",))
+    with pytest.raises(ValueError, match=r"queries must have a first axis that divides over the 3 devices .*\(4, 8\)"):
+        call(z, items, axis_name="data", mesh=mesh)
+    with pytest.raises(ValueError, match=r"axis_name must name an axis of the mesh, one of \('data',\), got None"):
+        call(z, items, mesh=mesh)
+    with pytest.raises(ValueError, match=r"axis_name must name an axis of the mesh, one of \('data',\), got 'model'"):
+        call(z, items, mesh=mesh, axis_name="model")
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, got tuple"):
+        call(z, items, mesh=(4,), axis_name="data")
