@@ -1,9 +1,10 @@
 """The text tokenizer of the emoji set: words of three languages, and letters to spell names with.
 
-A thousand pictographs are too few to learn from the pieces of words what a picture shows: with whole words, pictures of
-unseen pictographs are found half as often again as with byte-pair encoding. So a token is a word (in Chinese a
-character) met with at least two training pictographs. But how a word sounds is in its letters. So what is spoken, the
-name, is also spelt, after the words.
+A thousand pictographs are too few to learn from the pieces of words what a picture shows: linear maps find pictures of
+unseen pictographs by words with a mean recall of .20, and by byte-pair encoding with .13 (validation). So a token is a
+word (in Chinese a character) met with at least two training pictographs. But how a word sounds is in its letters, and
+half of the names of unseen pictographs hold no word known from training. So the name, which is what is spoken, is also
+spelt: mean recall between text and speech is then .5, and .07 without.
 """
 
 import functools
