@@ -108,7 +108,7 @@ def test_masked_equals_the_present_ones(function, x64):
 
 
 @every_function
-@pytest.mark.parametrize("k", [1, 2, pytest.param(3, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("k", [1, 2, *(pytest.param(k, marks=pytest.mark.slow) for k in (3, 5))])
 def test_derivatives_against_finite_differences(function, k, x64):
     """Forward and reverse, first and second."""
     rng = np.random.default_rng(k)
