@@ -4,7 +4,7 @@ A thousand pictographs are too few to learn from the pieces of words what a pict
 unseen pictographs by words with a mean recall of .20, and by byte-pair encoding with .13 (validation). So a token is a
 word (in Chinese a character) met with at least two training pictographs. But how a word sounds is in its letters, and
 half of the names of unseen pictographs hold no word known from training. So the name, which is what is spoken, is also
-spelt: mean recall between text and speech is then .5, and .07 without.
+spelt: mean recall between text and speech is then three times as high (.43 against .14).
 """
 
 import functools
