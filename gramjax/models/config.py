@@ -29,7 +29,7 @@ class GramConfig:
         embed_dim: dimension of the common space.
         pooling: tower -> how its tokens become one vector: "first", the class token, or "mean", over all tokens but
             the class token (and, in texts, padding). Towers not named pool as in the published model: vision and
-            text "first", audio "mean". Small models trained from scratch do better with the mean.
+            text "first", audio "mean".
 
     Raises:
         ValueError: a modality or `pooling` names a tower there is not, a tower serves no modality, an audio tower

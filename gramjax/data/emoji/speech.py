@@ -33,7 +33,7 @@ def synthesize(texts: Sequence[str], voice: str) -> list[Int16[np.ndarray, " _"]
 
     eSpeak NG runs in a process of its own: it keeps global state, is not safe to call from several threads, and what
     it said before colours what it says next. So the same list of texts gives the same samples; a text in another list
-    may differ a little. The variant f2 is the exception: its breath is noise that differs from one call to the next.
+    may differ a little. The variant f2 is the exception: its samples also differ with the environment of the process.
 
     Args:
       texts: what to say, each at least one letter or digit.
