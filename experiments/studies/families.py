@@ -25,7 +25,7 @@ PUBLISHED: dict[str, Family] = {
     "PMRL": Family(lambda t: (terms.Alignment(0.05), terms.Directions(t))),
     "PMRL + matching": Family(lambda t: (terms.Alignment(0.05), terms.Directions(t), terms.Matching(t))),
     "anchored InfoNCE": Family(lambda t: (terms.Anchored(t),)),
-    "pairwise InfoNCE": Family(lambda t: (terms.Pairwise(t),)),
+    "pairwise InfoNCE": Family(lambda t: (terms.Pairwise(t),), (0.01, *COMMON)),
     "sigmoid": Family(lambda t: (terms.Sigmoid(t),), (0.02, 0.05, 0.1, 0.15, 0.2)),
     "TRIANGLE": Family(lambda t: (terms.Triangle(t),)),
     # Products of three unit vectors of 256 numbers are near 0.
@@ -34,7 +34,7 @@ PUBLISHED: dict[str, Family] = {
 
 # Our own and what they are compared with: what remains of the volume when one of its faults is left out at a time.
 CANDIDATES: dict[str, Family] = {
-    "cone": Family(lambda t: (terms.Cone(t),), (0.05, 0.1, 0.2, 0.3, 0.4)),
+    "cone": Family(lambda t: (terms.Cone(t),), (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
     "cone + pairwise InfoNCE": Family(lambda t: (terms.Cone(t), terms.Pairwise(t)), (0.05, 0.1, 0.2, 0.3, 0.4)),
     "cone, every anchor": Family(lambda t: (terms.Contrast(t, score=scores.Cone(), every_anchor=True),)),
     "residual": Family(lambda t: (terms.Contrast(t, score=scores.Residual()),)),
