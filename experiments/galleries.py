@@ -6,7 +6,7 @@ A gallery is a value that is kept with its index, so that queries are treated as
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ def _look(item: Item) -> np.ndarray | None:
     return None
 
 
-def _utterance(file: Path) -> np.ndarray:
+def _utterance(file: Path) -> Mapping[str, np.ndarray]:
     """A sound file as utterances are for evaluation; what is longer than any of theirs loses its end."""
     try:
         return queries.encode_speech(*media.read_audio(file))

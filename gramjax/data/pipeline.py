@@ -53,7 +53,8 @@ def make_loader(
       twitter, google: float32 `[B, 32, 32, 3]`, on white, about zero mean and unit variance.
       english, spanish, chinese: `{"ids": int32 [B, 48], "mask": bool [B, 48]}`: `[CLS]`, the name with each word spelt
         (`tokenizer.spelt_words`), and those words of the keywords that the tokenizer knows; padded with 0.
-      speech: float32 `[B, 208, 64]`, normalised log-mel energies (`audio.kaldi_fbank`), zeros after the utterance.
+      speech: `{"fbank": float32 [B, 208, 64], "mask": bool [B, 208]}`: normalised log-mel energies
+        (`audio.kaldi_fbank`), and which frames are of the utterance; the others are 0.
     and `label` int32 `[B]` (index into `emoji.CATEGORIES`) and `index` int32 `[B]` (position in the whole set).
 
     In training, each epoch is a new shuffle and no pictograph comes twice in a batch; what does not fill a last batch
@@ -195,13 +196,14 @@ class _Speech:
     def draws(self) -> int:
         return augment.SPEECH_DRAWS + 2
 
-    def plain(self, rows: Int[np.ndarray, " batch"]) -> Float32[np.ndarray, "batch frame mel"]:
+    def plain(self, rows: Int[np.ndarray, " batch"]) -> Mapping[str, np.ndarray]:
         start, length = self.start[rows, 0], self.length[rows, 0]
         frames = np.arange(SPEECH_FRAMES)
         energies = self.energies[self._within(start, frames)]
-        return self._normalize(energies) * (frames < length[:, None])[..., None]
+        mask = frames < length[:, None]
+        return {"fbank": self._normalize(energies) * mask[..., None], "mask": mask}
 
-    def augmented(self, rows: Int[np.ndarray, " batch"], uniform: np.ndarray) -> Float32[np.ndarray, "batch frame mel"]:
+    def augmented(self, rows: Int[np.ndarray, " batch"], uniform: np.ndarray) -> Mapping[str, np.ndarray]:
         voice = (uniform[:, -2] * self.start.shape[1]).astype(np.int64)
         start, length = self.start[rows, voice], self.length[rows, voice]
         longest = int(length.max())
@@ -212,7 +214,8 @@ class _Speech:
         late = (uniform[:, -1] * (np.minimum(LATEST_START, SPEECH_FRAMES - length) + 1)).astype(np.int64)
         padded = np.zeros((len(rows), SPEECH_FRAMES + longest, MEL_BINS), np.float32)
         padded[np.arange(len(rows))[:, None], late[:, None] + np.arange(longest)] = fbank
-        return padded[:, :SPEECH_FRAMES]
+        since = np.arange(SPEECH_FRAMES) - late[:, None]
+        return {"fbank": padded[:, :SPEECH_FRAMES], "mask": (since >= 0) & (since < length[:, None])}
 
     def _within(self, start: np.ndarray, frames: np.ndarray) -> np.ndarray:
         return np.minimum(start[:, None] + frames, len(self.energies) - 1)

@@ -47,7 +47,9 @@ def encode_picture(picture: Image.Image) -> Float32[np.ndarray, "1 32 32 3"]:
     return ((intensity - np.float32(pipeline.PICTURE_MEAN)) / np.float32(pipeline.PICTURE_STD))[None]
 
 
-def encode_speech(waveform: Num[np.ndarray, " sample"], sample_rate: int) -> Float32[np.ndarray, "1 208 64"]:
+def encode_speech(
+    waveform: Num[np.ndarray, " sample"], sample_rate: int
+) -> dict[str, Float32[np.ndarray, "1 208 64"] | Bool[np.ndarray, "1 208"]]:
     """A recording as the utterances of names are.
 
     Args:
@@ -55,16 +57,17 @@ def encode_speech(waveform: Num[np.ndarray, " sample"], sample_rate: int) -> Flo
       sample_rate: in hertz.
 
     Returns:
-      float32 `[1, 208, 64]`; of what is longer than two seconds, the beginning.
+      `{"fbank": float32 [1, 208, 64], "mask": bool [1, 208]}`; of what is longer than two seconds, the beginning.
 
     Raises:
       ValueError: if the waveform is not one channel or shorter than 25 ms.
 
-    >>> encode_speech(np.zeros(8000, np.int16), 16000).shape
+    >>> encode_speech(np.zeros(8000, np.int16), 16000)["fbank"].shape
     (1, 208, 64)
     """
     scale = 1.0 if np.issubdtype(waveform.dtype, np.integer) else audio.INT16_SCALE
     resampled = audio.resample(waveform.astype(np.float32), sample_rate, audio.SAMPLE_RATE) * np.float32(scale)
     fbank = audio.normalize_fbank(audio.kaldi_fbank(resampled, num_mel_bins=pipeline.MEL_BINS))
     fbank = fbank[: pipeline.SPEECH_FRAMES]
-    return np.pad(fbank, ((0, pipeline.SPEECH_FRAMES - len(fbank)), (0, 0)))[None]
+    padding = ((0, pipeline.SPEECH_FRAMES - len(fbank)), (0, 0))
+    return {"fbank": np.pad(fbank, padding)[None], "mask": np.arange(pipeline.SPEECH_FRAMES)[None] < len(fbank)}

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gramjax.encoders.conversion import CONV_1D, CONV_2D, Rule, linear_rules, norm_rules, prefixed, rule
 from gramjax.encoders.layers import (
@@ -25,6 +24,7 @@ from gramjax.encoders.layers import (
     fan_in_uniform,
     gelu,
     layer_keys,
+    mask_bias,
     normal_02,
     require_multiple,
     require_positive,
@@ -32,6 +32,7 @@ from gramjax.encoders.layers import (
     require_stem,
     split_key,
 )
+from gramjax.encoders.spectrogram import SpectrogramStem, token_mask, zero_unless
 
 # What the dictionary `cfg` of released files says of every encoder known here, and its names for our fields.
 _RELEASED = {
@@ -185,7 +186,9 @@ class BEATs(nnx.Module):
         c = config
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         if c.stem_channels:
-            self.patch_embedding = SpectrogramStem(c, rngs=rngs, **dtypes)
+            self.patch_embedding = SpectrogramStem(
+                c.mel_bins, c.stem_channels, c.patch_dim, epsilon=c.layer_norm_epsilon, rngs=rngs, **dtypes
+            )
         else:
             self.patch_embedding = PatchEmbedding(c.patch_size, 1, c.patch_dim, use_bias=False, rngs=rngs, **dtypes)
         self.patch_norm = LayerNorm(c.patch_dim, c.layer_norm_epsilon, rngs=rngs, **dtypes)
@@ -200,13 +203,20 @@ class BEATs(nnx.Module):
         self.remat = remat
 
     def __call__(
-        self, fbank: Float[Array, "batch time mel"], *, rngs: nnx.Rngs | None = None
+        self,
+        fbank: Float[Array, "batch time mel"],
+        mask: Bool[Array, "batch time"] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch tokens width"]:
         """Encodes spectrograms.
 
         Args:
             fbank: normalised log-mel spectrograms; time (in frames) and mel are multiples of `patch_size`. Pad or crop
                 others first: PyTorch's convolution would drop the remainder without a word.
+            mask: True for frames of the recording, False for padding, of which the result is then independent, whatever
+                it holds and however much of it there is; what comes out for tokens of padding alone (`token_mask`)
+                means nothing. None: all frames, as GRAM and PMRL use this encoder, silence at the end included.
             rngs: stream `dropout` drives dropout and layer drop; `None` switches them off.
 
         Returns:
@@ -214,27 +224,39 @@ class BEATs(nnx.Module):
             token for every `patch_size` frames.
 
         Raises:
-            ValueError: if the rank is not 3, or time or mel is no multiple of the patch size.
-            TypeError: if `fbank` is not floating point.
+            ValueError: if the rank is not 3, time or mel is no multiple of the patch size, or `mask` is not of the
+                spectrograms' batch and time.
+            TypeError: if `fbank` is not floating point or `mask` is not bool.
         """
-        self._check(fbank)
+        self._check(fbank, mask)
         c = self.config
         input_key, position_key, *keys = layer_keys(rngs, 2 + c.depth)
-        x = dropout(self.embed(fbank), c.input_dropout_rate, input_key)
+        x = dropout(self.embed(fbank, mask), c.input_dropout_rate, input_key)
+        there = None
+        if mask is not None:
+            present = token_mask(mask, c.patch_size, x.shape[1])
+            x, there = zero_unless(present, x), mask_bias(present)
         x = self.norm(x + self.position_convolution(x))
         x = dropout(x, c.dropout_rate, position_key)
         bias = self.position_bias(x.shape[1])
         for layer, key in zip(self.layers, keys):
             drop_key, layer_key = split_key(key, 2)
-            y = apply_layer(layer, x, bias, layer_key, remat=self.remat)
+            y = apply_layer(layer, x, bias, there, layer_key, remat=self.remat)
             if drop_key is not None and c.layer_drop_rate > 0:
                 y = jnp.where(jax.random.bernoulli(drop_key, c.layer_drop_rate), x, y)
             x = y
         return x
 
-    def embed(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens width"]:
+    def embed(
+        self, fbank: Float[Array, "batch time mel"], mask: Bool[Array, "batch time"] | None = None
+    ) -> Float[Array, "batch tokens width"]:
         """Projected patches."""
-        patches = self.patch_embedding(fbank if self.config.stem_channels else rearrange(fbank, "n t m -> n t m 1"))
+        if mask is not None:
+            fbank = zero_unless(mask, fbank)
+        if isinstance(self.patch_embedding, SpectrogramStem):
+            patches = self.patch_embedding(fbank, mask)
+        else:
+            patches = self.patch_embedding(rearrange(fbank, "n t m -> n t m 1"))
         return self.projection(self.patch_norm(patches))
 
     def position_bias(self, length: int) -> Float[Array, "heads length length"]:
@@ -276,7 +298,7 @@ class BEATs(nnx.Module):
             ),
         )
 
-    def _check(self, fbank: Array) -> None:
+    def _check(self, fbank: Array, mask: Array | None) -> None:
         p, bins = self.config.patch_size, self.config.mel_bins
         if self.config.stem_channels:
             if fbank.ndim != 3 or not fbank.shape[1] or fbank.shape[1] % p or fbank.shape[2] != bins:
@@ -289,28 +311,10 @@ class BEATs(nnx.Module):
             )
         if not jnp.issubdtype(fbank.dtype, jnp.floating):
             raise TypeError(f"fbank must be floating point, got dtype {fbank.dtype}")
-
-
-class SpectrogramStem(nnx.Module):
-    """Convolutions over time, each with LayerNorm over channels and GELU, then a linear map to `patch_dim`."""
-
-    def __init__(self, config: BEATsConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        sizes = (config.mel_bins, *config.stem_channels)
-        self.convolutions = nnx.List(
-            [
-                nnx.Conv(i, o, (5,), strides=2, padding=2, use_bias=False, rngs=rngs, **dtypes)
-                for i, o in pairwise(sizes)
-            ]
-        )
-        self.norms = nnx.List([LayerNorm(o, config.layer_norm_epsilon, rngs=rngs, **dtypes) for o in sizes[1:]])
-        self.projection = nnx.Linear(sizes[-1], config.patch_dim, rngs=rngs, **dtypes)
-
-    def __call__(self, fbank: Float[Array, "batch time mel"]) -> Float[Array, "batch tokens features"]:
-        """Embeds spectrograms."""
-        for convolution, norm in zip(self.convolutions, self.norms):
-            fbank = gelu(norm(convolution(fbank)))
-        return self.projection(fbank)
+        if mask is not None and mask.shape != fbank.shape[:2]:
+            raise ValueError(f"mask must have the batch and time of fbank, {fbank.shape[:2]}, got {mask.shape}")
+        if mask is not None and mask.dtype != jnp.bool_:
+            raise TypeError(f"mask must be bool (True for frames of the recording), got dtype {mask.dtype}")
 
 
 def relative_position_buckets(
@@ -394,6 +398,7 @@ class GatedAttention(Attention):
         self,
         x: Float[Array, "batch tokens width"],
         position_bias: Float[Array, "heads tokens tokens"],
+        mask_bias: Float[Array, "batch 1 1 tokens"] | None = None,
         *,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch tokens width"]:
@@ -406,6 +411,8 @@ class GatedAttention(Attention):
         scale = rearrange(self.gate_scale[...].astype(a.dtype), "h -> 1 h 1 1")
         gate = (a * (b * scale - 1) + 2).astype(position_bias.dtype)
         bias = gate * rearrange(position_bias, "h q k -> 1 h q k")
+        if mask_bias is not None:
+            bias = bias + mask_bias.astype(bias.dtype)
         return self.attend(query, key, value, bias=bias, dropout_key=dropout_key)
 
 
@@ -449,11 +456,12 @@ class BEATsLayer(nnx.Module):
         self,
         x: Float[Array, "batch tokens width"],
         position_bias: Float[Array, "heads tokens tokens"],
+        mask_bias: Float[Array, "batch 1 1 tokens"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch tokens width"]:
         """One layer."""
         keys = split_key(dropout_key, 4)
-        branch = dropout(self.attention(x, position_bias, dropout_key=keys[0]), self.dropout_rate, keys[1])
+        branch = dropout(self.attention(x, position_bias, mask_bias, dropout_key=keys[0]), self.dropout_rate, keys[1])
         x = self.norm1(self.residual_scale * x + branch)
         branch = dropout(self.mlp(x, dropout_key=keys[2]), self.dropout_rate, keys[3])
         return self.norm2(self.residual_scale * x + branch)

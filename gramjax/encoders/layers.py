@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 Initializer = Callable[..., Array]
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what PyTorch's Linear and Conv start from.
 fan_in_uniform: Initializer = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 normal_02: Initializer = nnx.initializers.truncated_normal(0.02)
+
+# Added to the logits of padding, as BERT does: float16 holds it, and a row of padding alone stays finite.
+MASKED_LOGIT = -10000.0
 
 
 def layer_keys(rngs: nnx.Rngs | None, count: int) -> Sequence[Array | None]:
@@ -99,6 +102,14 @@ class LayerNorm(nnx.Module):
         leading = (1,) * (x.ndim - 1)
         scale, bias = (p[...].astype(dtype).reshape(*leading, -1) for p in (self.scale, self.bias))
         return (x * scale + bias).astype(self.dtype)
+
+
+def mask_bias(
+    mask: Bool[Array, "batch keys"] | Bool[Array, "batch queries keys"],
+) -> Float[Array, "batch 1 #queries keys"]:
+    """The attention bias that lets every query, or each its own, attend where `mask` is True."""
+    bias = jnp.where(mask, 0.0, MASKED_LOGIT)
+    return rearrange(bias, "n k -> n 1 1 k" if mask.ndim == 2 else "n q k -> n 1 q k")
 
 
 def dot_product_attention(

@@ -19,15 +19,13 @@ from gramjax.encoders.layers import (
     apply_layer,
     dropout,
     layer_keys,
+    mask_bias,
     normal_02,
     require_multiple,
     require_positive,
     require_rate,
     split_key,
 )
-
-# Added to the logits of padding, as BERT does: float16 holds it, and a row of padding alone stays finite.
-MASKED_LOGIT = -10000.0
 
 # Keys and values that one layer makes of a condition.
 KeysValues = tuple[Float[Array, "conditions keys heads head_dim"], Float[Array, "conditions keys heads head_dim"]]
@@ -160,8 +158,7 @@ class BERT(nnx.Module):
         conditions = self._conditions(condition, ids.shape[0])
         embed_key, *keys = layer_keys(rngs, 1 + self.config.depth)
         x = dropout(self.embed(ids), self.config.dropout_rate, embed_key)
-        bias = jnp.where(mask, 0.0, MASKED_LOGIT)
-        bias = rearrange(bias, "n k -> n 1 1 k" if mask.ndim == 2 else "n q k -> n 1 q k")
+        bias = mask_bias(mask)
         for layer, read, key in zip(self.layers, conditions, keys):
             x = apply_layer(layer, x, bias, read, key, remat=self.remat)
         return x

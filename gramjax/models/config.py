@@ -29,7 +29,7 @@ class GramConfig:
         modalities: modality -> name of its tower.
         embed_dim: dimension of the common space.
         pooling: tower -> how its tokens become one vector: "first", the class token, or "mean", over all tokens but
-            the class token (and, in texts, padding). Towers not named pool as in the published model: vision and
+            the class token and padding. Towers not named pool as in the published model: vision and
             text "first", audio "mean"; a vector has one token, the first.
 
     Raises:

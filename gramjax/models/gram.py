@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from gramjax.encoders.audio import BEATs, BEATsConfig
 from gramjax.encoders.conversion import Rule
 from gramjax.encoders.heads import ProjectionHead, cls_pool, mean_pool
+from gramjax.encoders.spectrogram import token_mask
 from gramjax.encoders.text import BERT, BERTConfig, KeysValues
 from gramjax.encoders.vector import VectorConfig, VectorEncoder
 from gramjax.encoders.vision import VisionConfig, VisionTransformer
@@ -134,14 +135,15 @@ class GramModel(nnx.Module):
 
         Args:
             batch: modality -> pixels [batch, height, width, 3] or, for clips, [batch, frames, height, width, 3];
-                log-mel frames [batch, time, mel] or [batch, slices, time, mel]; vectors [batch, features]; or text
-                `{"ids": [batch, length], "mask": [batch, length]}`. Modalities that the batch lacks are left out, and
-                entries that are no modality of this model are ignored.
+                log-mel frames [batch, time, mel] or [batch, slices, time, mel], or, where some are padding,
+                `{"fbank": frames, "mask": bool [batch, time] or [batch, slices, time]}`; vectors [batch, features]; or
+                text `{"ids": [batch, length], "mask": [batch, length]}`. Modalities that the batch lacks are left out,
+                and entries that are no modality of this model are ignored.
             rngs: source of dropout masks; None: no dropout.
 
         Returns:
             modality -> unit vectors [batch, embed_dim], float32, in the order of `config.modalities`. A clip's is that
-            of the mean over its frames or slices.
+            of the mean over its frames or slices, without slices that are padding alone.
 
         Raises:
             ValueError: the batch has none of the model's modalities, or an entry is not of the kind its tower reads.
@@ -159,7 +161,7 @@ class GramModel(nnx.Module):
 
         Returns:
             One token of the fusion tower's width for every token of every frame. All are attended to, padding of
-            subtitles included, as in the released models.
+            subtitles and sound included, as in the released models.
 
         Raises:
             ValueError: a modality is not in `tokens` or cannot be a condition, or the model has no fusion tower.
@@ -230,22 +232,32 @@ class GramModel(nnx.Module):
         axes = _AXES[type(config)]
         rank = 2 + axes.count(",")
         needed = f"{argument} must be an array [batch, {axes}], or [batch, frames, {axes}] with a frame at least"
-        if isinstance(inputs, Mapping):
+        masked = isinstance(config, BEATsConfig) and isinstance(inputs, Mapping) and {"fbank", "mask"} <= set(inputs)
+        if isinstance(inputs, Mapping) and not masked:
+            needed += ', or a mapping with that as "fbank" and a "mask"' if isinstance(config, BEATsConfig) else ""
             raise ValueError(f"{needed}, got keys {list(inputs)}")
-        inputs = jnp.asarray(inputs)
-        if inputs.ndim == rank:
-            return tower(inputs, rngs=rngs)
-        if inputs.ndim != rank + 1 or not inputs.shape[1]:
-            raise ValueError(f"{needed}, got shape {inputs.shape}")
-        tokens = tower(rearrange(inputs, "b n ... -> (b n) ..."), rngs=rngs)
-        return rearrange(tokens, "(b n) t d -> b n t d", n=inputs.shape[1])
+        arrays = [jnp.asarray(inputs[key]) for key in ("fbank", "mask")] if masked else [jnp.asarray(inputs)]
+        shape = arrays[0].shape
+        if len(shape) == rank:
+            return tower(*arrays, rngs=rngs)
+        if len(shape) != rank + 1 or not shape[1]:
+            raise ValueError(f"{needed}, got shape {shape}")
+        if masked and arrays[1].shape != shape[:-1]:
+            raise ValueError(f'{argument}["mask"] must have shape {shape[:-1]}, got {arrays[1].shape}')
+        tokens = tower(*(rearrange(array, "b n ... -> (b n) ...") for array in arrays), rngs=rngs)
+        return rearrange(tokens, "(b n) t d -> b n t d", n=shape[1])
 
     def _pool(self, modality: str, tokens: Array, inputs: Any) -> Array:
         """One vector [batch, width], at least float32: of every frame, then the mean over frames."""
         tower = self.config.modalities[modality]
+        frames = None
         match self.config.towers[tower], self.config.pooling.get(tower):
-            case BEATsConfig(), _:
-                pooled = mean_pool(tokens)
+            case BEATsConfig() as config, _:
+                where = None
+                if isinstance(inputs, Mapping):
+                    where = token_mask(jnp.asarray(inputs["mask"]), config.patch_size, tokens.shape[-2])
+                    frames = jnp.any(where, axis=-1)
+                pooled = mean_pool(tokens, where)
             case _, "first" | None:
                 pooled = cls_pool(tokens)
             case BERTConfig(), _:
@@ -253,7 +265,7 @@ class GramModel(nnx.Module):
             case _:
                 pooled = mean_pool(tokens[..., 1:, :])
         pooled = pooled.astype(jnp.float32)
-        return mean_pool(pooled) if pooled.ndim == 3 else pooled
+        return mean_pool(pooled, frames) if pooled.ndim == 3 else pooled
 
 
 def _text(argument: str, inputs: Any) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -51,8 +52,12 @@ def test_shapes(small, build):
         assert (ids[:, 0] == tokenizer.CLS).all()
         assert (mask.sum(axis=1) > 1).all()
         np.testing.assert_array_equal(mask, ids != tokenizer.PAD)
-    assert batch["speech"].shape == (64, pipeline.SPEECH_FRAMES, 64)
-    assert batch["speech"].dtype == np.float32
+    fbank, mask = batch["speech"]["fbank"], batch["speech"]["mask"]
+    assert fbank.shape == (64, pipeline.SPEECH_FRAMES, 64)
+    assert mask.shape == (64, pipeline.SPEECH_FRAMES)
+    assert (fbank.dtype, mask.dtype) == (np.float32, np.bool_)
+    assert not fbank[~mask].any()
+    assert mask.any(axis=1).all()
     assert pipeline.SPEECH_FRAMES % 16 == 0
     assert batch["label"].dtype == batch["index"].dtype == np.int32
 
@@ -98,8 +103,8 @@ def test_evaluation_speech_is_a_voice_never_heard_in_training(splits, split, voi
     (batch,) = take(evaluation(source, ("speech",), 8), 1)
     for row in range(8):
         fbank = audio.normalize_fbank(audio.kaldi_fbank(source[row]["speech"][voice]))
-        np.testing.assert_allclose(batch["speech"][row, : len(fbank)], fbank, atol=1e-3)
-        assert not batch["speech"][row, len(fbank) :].any()
+        np.testing.assert_allclose(batch["speech"]["fbank"][row, : len(fbank)], fbank, atol=1e-3)
+        np.testing.assert_array_equal(batch["speech"]["mask"][row], np.arange(pipeline.SPEECH_FRAMES) < len(fbank))
 
 
 def test_training_speech_is_the_training_voices_alone(splits, monkeypatch):
@@ -110,10 +115,13 @@ def test_training_speech_is_the_training_voices_alone(splits, monkeypatch):
     rows = {source[i]["index"]: i for i in range(len(source))}
     heard = set()
     for batch in take(training(source, ("speech",), 32), 2):
-        for index, spectrum in zip(batch["index"], batch["speech"], strict=True):
+        speech = batch["speech"]
+        for index, spectrum, mask in zip(batch["index"], speech["fbank"], speech["mask"], strict=True):
             spoken = source[rows[int(index)]]["speech"]
-            sounding = np.flatnonzero(spectrum.any(axis=1))
+            sounding = np.flatnonzero(mask)
             start, stop = sounding[0], sounding[-1] + 1
+            assert mask[start:stop].all()
+            assert not spectrum[~mask].any()
             assert start <= pipeline.LATEST_START
             matches = []
             for voice in emoji.VOICES:
@@ -145,7 +153,7 @@ def test_every_epoch_is_augmented_anew(small):
     epochs = take(training(small, batch_size=161), 2)
     sorted_epochs = [np.argsort(batch["index"]) for batch in epochs]
     for name in ("twitter", "speech"):
-        one, two = (batch[name][order] for batch, order in zip(epochs, sorted_epochs, strict=True))
+        one, two = (jax.tree.leaves(batch[name])[0][order] for batch, order in zip(epochs, sorted_epochs, strict=True))
         assert (np.abs(one - two).max(axis=tuple(range(1, one.ndim))) > 0).all()
     one, two = (batch["english"]["ids"][order] for batch, order in zip(epochs, sorted_epochs, strict=True))
     assert (one != two).any(axis=1).mean() > 0.6  # of some, one name is all there is
@@ -176,13 +184,9 @@ def test_processes_share_a_batch_out_exactly(small, build, processes):
         take(build(small, batch_size=32, process_index=index, process_count=processes), 3) for index in range(processes)
     ]
     for number, batch in enumerate(whole):
-        shares = [part[number] for part in parts]
-        for name, value in batch.items():
-            if isinstance(value, dict):
-                for key in value:
-                    np.testing.assert_array_equal(np.concatenate([share[name][key] for share in shares]), value[key])
-            else:
-                np.testing.assert_allclose(np.concatenate([share[name] for share in shares]), value, atol=1e-5)
+        together = jax.tree.map(lambda *shares: np.concatenate(shares), *(part[number] for part in parts))
+        # Pixels and spectrograms are rounded otherwise in arrays of another size; all else is integers and masks.
+        jax.tree.map(lambda ours, whole: np.testing.assert_allclose(ours, whole, rtol=0, atol=1e-5), together, batch)
 
 
 def test_the_position_does_not_depend_on_the_number_of_processes(small):
@@ -198,12 +202,12 @@ def test_the_position_does_not_depend_on_the_number_of_processes(small):
 def test_a_modality_does_not_depend_on_the_others_named(small):
     for build in (training, evaluation):
         (together,), (alone,) = take(build(small), 1), take(build(small, ("speech",)), 1)
-        np.testing.assert_array_equal(together["speech"], alone["speech"])
+        assert_equal(together["speech"], alone["speech"])
 
 
 def test_training_speech_is_late_masked_loud_and_noisy(small, monkeypatch):
     """Each alone: all of it, then without noise and gain, then without masks as well; the same draws every time."""
-    one_batch = lambda: take(training(small, ("speech",), 161), 1)[0]["speech"]  # noqa: E731
+    one_batch = lambda: take(training(small, ("speech",), 161), 1)[0]["speech"]["fbank"]  # noqa: E731
     degraded = one_batch()
     monkeypatch.setattr(augment, "degrade_speech", lambda energies, length, noise, uniform: energies)
     masked = one_batch()

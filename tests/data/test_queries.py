@@ -24,10 +24,11 @@ def test_a_drawing_and_an_utterance_are_those_of_the_loader(evaluated):
         picture = Image.open(io.BytesIO(split[row]["twitter"]))
         np.testing.assert_allclose(queries.encode_picture(picture)[0], batch["twitter"][row], atol=1e-6)
         waveform = split[row]["speech"][emoji.TEST_VOICE]
-        np.testing.assert_allclose(queries.encode_speech(waveform, 16000)[0], batch["speech"][row], atol=1e-5)
-        # As files give it.
-        scaled = queries.encode_speech((waveform / 2**15).astype(np.float32), 16000)
-        np.testing.assert_allclose(scaled[0], batch["speech"][row], atol=1e-4)
+        # As the data has it, and as files give it.
+        for sound, tolerance in ((waveform, 1e-5), ((waveform / 2**15).astype(np.float32), 1e-4)):
+            speech = queries.encode_speech(sound, 16000)
+            np.testing.assert_allclose(speech["fbank"][0], batch["speech"]["fbank"][row], atol=tolerance)
+            np.testing.assert_array_equal(speech["mask"][0], batch["speech"]["mask"][row])
 
 
 def test_words_are_a_name_without_keywords(evaluated):
@@ -43,7 +44,9 @@ def test_words_are_a_name_without_keywords(evaluated):
 
 def test_what_is_too_long_loses_its_end():
     assert queries.encode_words("cat " * 40)["mask"].all()
-    assert queries.encode_speech(np.ones(16000 * 5, np.int16), 16000).shape == (1, 208, 64)
+    speech = queries.encode_speech(np.ones(16000 * 5, np.int16), 16000)
+    assert speech["fbank"].shape == (1, 208, 64)
+    assert speech["mask"].all()
 
 
 def test_pictures_of_any_size_and_mode_lie_on_white():

@@ -213,6 +213,31 @@ def test_gradients_stay_finite_on_constant_input(name, build):
     chex.assert_tree_all_finite(loss_and_gradient(name)(nnx.state(model), zeros))
 
 
+@pytest.mark.parametrize("name", ["audio", "audio-stem"])
+@pytest.mark.parametrize("length", [7, 8, 20])
+def test_padding_does_not_count(name, length, build):
+    """Neither what it holds, nor how much of it there is, nor what its outputs are used for."""
+    model, (fbank,) = build(name)
+    state, run = nnx.state(model), forward(name)
+    cut = -(-length // 4) * 4
+    mask = jnp.tile(jnp.arange(20) < length, (3, 1))
+    tokens = cut // 4 * (CASES[name][3] // 5)
+    expected = run(state, (fbank[:, :cut], mask[:, :cut]), None)
+    for garbage in (fbank, jnp.where(mask[..., None], fbank, 1e3)):
+        np.testing.assert_allclose(run(state, (garbage, mask), None)[:, :tokens], expected, atol=2e-5)
+    if length % 4 == 0:  # nothing is padded within a token
+        np.testing.assert_allclose(expected, run(state, (fbank[:, :cut],), None), atol=2e-5)
+    gradient = jax.grad(lambda x: jnp.sum(normal(*expected.shape) * run(state, (x, mask), None)[:, :tokens]))(fbank)
+    np.testing.assert_array_equal(jnp.any(gradient != 0, axis=2), mask)
+
+
+@pytest.mark.parametrize("name", ["audio", "audio-stem"])
+def test_an_example_of_padding_alone_stays_finite(name, build):
+    model, (fbank,) = build(name)
+    mask = jnp.ones((3, 20), bool).at[1].set(False)
+    chex.assert_tree_all_finite(loss_and_gradient(name)(nnx.state(model), (fbank, mask)))
+
+
 IMAGE, IDS = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 8), jnp.int32)
 
 
@@ -230,6 +255,8 @@ IMAGE, IDS = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 8), jnp.int32)
         ("audio-stem", (jnp.zeros((2, 20, 4)),), ValueError, r"shape \[batch, time, 8\] .*got \(2, 20, 4\)"),
         ("audio-stem", (jnp.zeros((2, 21, 8)),), ValueError, r"time a multiple of 4, got \(2, 21, 8\)"),
         ("audio", (jnp.zeros((2, 20, 8), jnp.int32),), TypeError, "fbank must be floating point.*int32"),
+        ("audio", (jnp.zeros((2, 20, 8)), jnp.ones((2, 10), bool)), ValueError, r"mask .*\(2, 20\), got \(2, 10\)"),
+        ("audio", (jnp.zeros((2, 20, 8)), jnp.ones((2, 20))), TypeError, "mask must be bool.*float32"),
         ("vector", (jnp.zeros((2, 8)),), ValueError, r"vectors must have shape \[batch, 9\], got \(2, 8\)"),
         ("vector", (jnp.zeros((2, 9), jnp.int32),), TypeError, "vectors must be floating point.*int32"),
         ("text", (IDS[0], IDS[0] == 0), ValueError, r"ids must have shape \[batch, length\], got \(8,\)"),

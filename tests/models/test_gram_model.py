@@ -58,6 +58,22 @@ def test_mean_pooling_leaves_out_the_class_token_and_padding():
         np.testing.assert_allclose(embeddings[name], expected, atol=1e-5)
 
 
+def test_padding_of_sound_is_left_out(model):
+    """Of a spectrogram, and of the mean over slices a slice that is padding alone."""
+    sound = BATCH["sound"]
+    mask = np.arange(32) < np.array([[16], [32]])
+    alone = [model.embed({"sound": sound[:1, :16]})["sound"][0], model.embed({"sound": sound[1:]})["sound"][0]]
+    masked = model.embed({"sound": {"fbank": sound, "mask": mask}})["sound"]
+    np.testing.assert_allclose(masked, jnp.stack(alone), atol=1e-5)
+    slices = {
+        "fbank": np.stack([sound, sound[::-1]], axis=1),
+        "mask": np.stack([np.ones_like(mask), np.zeros_like(mask)], axis=1),
+    }
+    np.testing.assert_allclose(
+        model.embed({"sound": slices})["sound"], model.embed({"sound": sound})["sound"], atol=1e-5
+    )
+
+
 def test_any_subset_of_modalities(model):
     whole = model.embed(BATCH)
     part = model.embed({name: BATCH[name] for name in ("sound", "caption")})
@@ -75,6 +91,11 @@ def test_a_text_must_be_ids_and_mask(model):
         model.embed({"caption": BATCH["caption"]["ids"]})
     with pytest.raises(ValueError, match=r"batch\['frames'\] must be .* got"):
         model.embed({"frames": BATCH["caption"]})
+    with pytest.raises(ValueError, match=r"batch\['sound'\] must be .*, or a mapping with that as .* got keys \['ids'"):
+        model.embed({"sound": BATCH["caption"]})
+    slices = {"fbank": BATCH["sound"][:, None], "mask": np.ones((2, 32), bool)}
+    with pytest.raises(ValueError, match=r"\['sound'\]\[\"mask\"\] must have shape \(2, 1, 32\), got \(2, 32\)"):
+        model.embed({"sound": slices})
 
 
 def test_dropout_only_with_rngs_and_the_same_for_the_same_key(model):
