@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gramjax import _projections, losses, scores
-from tests import reference
+from tests import jaxprs, reference
 
 
 def _mean_cosine(query, item):
@@ -169,16 +169,6 @@ def test_gram_loss_holds_no_array_of_gram_matrices(k):
     """No `B x B x k x k` array, forward or backward: nothing larger than the score matrix and the embeddings."""
     batch, d = 37, 11
     z = jnp.zeros((batch, k, d))
-    text = jax.make_jaxpr(jax.value_and_grad(losses.gram_loss))(z)
-    shapes = list(_sizes(text.jaxpr))
+    shapes = jaxprs.shapes(jax.value_and_grad(losses.gram_loss), z)
     assert (batch, batch) in shapes
     assert not [shape for shape in shapes if shape.count(batch) >= 2 and np.prod(shape) > batch * batch]
-
-
-def _sizes(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from _sizes(inner)

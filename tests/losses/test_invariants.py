@@ -259,7 +259,7 @@ _entries = st.sampled_from([0.0, 1.0, -1.0, 0.5, 1e-3, 1e-7, -1e-4, 1e-12, 0.707
 
 
 @every_loss
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_finite_wherever_hypothesis_looks(case, data):
     size = 6 * case.modalities * 8

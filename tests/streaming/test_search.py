@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gramjax import metrics, scores
 from gramjax.streaming import streamed_ranks, streamed_top_k
-from tests import reference
+from tests import jaxprs, reference
 
 # A reduction knows scores by their protocol alone: one of each kind will do.
 kinds_of_score = pytest.mark.parametrize(
@@ -232,18 +232,10 @@ def test_inside_shard_map(check_vma):
 
 
 def test_never_holds_the_matrix_of_scores():
-    def sizes(jaxpr):
-        for equation in jaxpr.eqns:
-            yield from (np.prod(v.aval.shape) for v in equation.outvars)
-            for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
-                inner = getattr(parameter, "jaxpr", parameter)
-                if hasattr(inner, "eqns"):
-                    yield from sizes(inner)
-
     queries, gallery = jnp.zeros((20_000, 4)), jnp.zeros((20_000, 2, 4))
     for function in (functools.partial(streamed_top_k, k=3), streamed_ranks):
-        jaxpr = jax.make_jaxpr(lambda q, g, f=function: f(scores.Volume(), q, g, block_size=64))(queries, gallery)
-        assert 10_000 < max(sizes(jaxpr.jaxpr)) < 1_000_000
+        shapes = jaxprs.shapes(lambda q, g, f=function: f(scores.Volume(), q, g, block_size=64), queries, gallery)
+        assert 10_000 < max(map(np.prod, shapes)) < 1_000_000
 
 
 def test_narrow_input_is_computed_in_float32():
