@@ -240,9 +240,7 @@ def _umask() -> int:
 
 
 # What reading a damaged archive raises; NotImplementedError where its header asks for an unknown compression.
-_DAMAGE = (
-    zipfile.BadZipFile, NotImplementedError, EOFError, OSError, KeyError, TypeError, AttributeError, ValueError,
-)  # fmt: skip
+_DAMAGE = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, KeyError, ValueError)
 
 
 def load_index(path: str | os.PathLike) -> Index:
@@ -266,6 +264,8 @@ def load_index(path: str | os.PathLike) -> Index:
         # np.load itself would go on to try other formats and speak of pickles.
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
+            if not isinstance(header, dict):
+                raise ValueError("its header is no mapping")
             if header["format"] != _FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
             leaves = [file[f"leaf{i}"] for i in range(len(file.files) - 1)]
@@ -276,9 +276,12 @@ def load_index(path: str | os.PathLike) -> Index:
 
 def _restore(header: dict, leaves: list[np.ndarray]) -> Index:
     """Puts the arrays back into the tree that the score makes, whose shapes and dtypes they must have."""
+    modalities, dim = (header[name] for name in ("modalities", "dim"))
+    if not (isinstance(modalities, int) and isinstance(dim, int) and len(leaves) >= 2 and leaves[-1].ndim):
+        raise ValueError("its header or its arrays are not those of an index")
     score = _score_from(header["score"])
     size = leaves[-1].shape[0]
-    gallery = jax.ShapeDtypeStruct((size, header["modalities"], header["dim"]), leaves[0].dtype)
+    gallery = jax.ShapeDtypeStruct((size, modalities, dim), leaves[0].dtype)
     where = jax.ShapeDtypeStruct(gallery.shape[:2], bool)
     expected = jax.eval_shape(lambda gallery, where: _prepare(score, gallery, where), gallery, where)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]
@@ -297,11 +300,17 @@ def _describe(score: Score) -> dict:
     return {"class": kind.__name__, **fields}
 
 
-def _score_from(description: dict) -> Score:
-    fields = dict(description)
-    kind = getattr(scores, fields.pop("class"))
+def _score_from(description: Any) -> Score:
+    kind = getattr(scores, description["class"], None) if isinstance(description, dict) else None
+    # The module has more than scores, such as what it imports.
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ValueError(f"its score is {description}")
+    fields = {name: value for name, value in description.items() if name != "class"}
+    if set(fields) != {field.name for field in dataclasses.fields(kind)}:
+        raise ValueError(f"its score is {description}")
     precision = fields.pop("precision")
-    return kind(precision=None if precision is None else jax.lax.Precision[precision], **fields)
+    make: Any = kind
+    return make(precision=None if precision is None else jax.lax.Precision[precision], **fields)
 
 
 def _check_queries(index: Index, queries) -> Array:

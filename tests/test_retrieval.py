@@ -162,7 +162,12 @@ def _with_header(**changes):
         (_with_header(format="gramjax index 99"), "its format is 'gramjax index 99'"),
         (_with_header(score={"class": "Nothing", "precision": None}), "Nothing"),
         (_with_header(score={"class": "jax", "precision": None}), "damaged or not an index"),
+        (_with_header(score="Volume"), "its score is Volume"),
+        (_with_header(score={"class": "Volume"}), "its score is"),
+        (_with_header(score={"class": "Volume", "precision": "LOW"}), "LOW"),
         (_with_header(dim=5), "arrays are not those of a gallery"),
+        (_with_header(dim="5"), "header or its arrays are not those of an index"),
+        (lambda arrays: arrays.update(header=np.array("[1]")), "its header is no mapping"),
     ],
 )
 def test_foreign_and_broken_files_are_refused(saved, change, message):
