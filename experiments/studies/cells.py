@@ -21,7 +21,6 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from experiments import validation
 from experiments.studies import objectives
 from experiments.studies.features import FeatureSet
 from experiments.studies.objectives import Objective
@@ -62,11 +61,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What is kept of a cell: its towers at every snapshot, and their validation recalls (`validation.recalls`)."""
+    """What is kept of a cell: its towers at every snapshot."""
 
     cell: Cell
     towers: Sequence[Mapping[str, Mapping[str, np.ndarray]]]
-    history: Sequence[Mapping[str, float]]
 
     def embed(
         self, features: Mapping[str, np.ndarray], *, snapshot: int = -1, only: Sequence[str] | None = None
@@ -150,9 +148,8 @@ def train(cell: Cell, features: FeatureSet) -> Trained:
     step_fn = _compiled(dataclasses.replace(cell, seed=0), widths)
     state = _start(cell, widths)
     banks = jax.tree.map(jnp.asarray, banks)
-    held_out = {name: features.validation[name] for name in cell.modalities}
     items = len(where)
-    order, towers, history = np.empty(0, np.int64), [], []
+    order, towers = np.empty(0, np.int64), []
     marks = {round(cell.steps * (number + 1) / cell.snapshots) for number in range(cell.snapshots)}
     batch_size = min(cell.batch_size, items)
     for step in range(1, cell.steps + 1):
@@ -164,10 +161,7 @@ def train(cell: Cell, features: FeatureSet) -> Trained:
         state, _ = step_fn(state, batch)
         if step in marks:
             towers.append(_parameters(state))
-            snapshot = Trained(cell, towers, ())
-            recalls = validation.recalls(snapshot.embed(held_out), anchor=cell.anchor, select_by="pairs")
-            history.append({"step": step, **recalls})
-    return Trained(cell, towers, history)
+    return Trained(cell, towers)
 
 
 def training_arrays(
@@ -240,19 +234,17 @@ def _save(trained: Trained, path: Path) -> None:
         for tower, parameters in towers.items()
         for name, value in parameters.items()
     }
-    record = {"cell": describe(trained.cell), "history": list(trained.history)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(partial, allow_pickle=False, record=np.array(json.dumps(record)), **arrays)
+    np.savez(partial, allow_pickle=False, record=np.array(describe(trained.cell)), **arrays)
     partial.replace(path)
 
 
 def _load(cell: Cell, path: Path) -> Trained:
     towers: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in range(cell.snapshots)]
     with np.load(path) as file:
-        history = json.loads(str(file["record"]))["history"]
         for name in file.files:
             if name != "record":
                 number, tower, parameter = name.split("/", 2)
                 towers[int(number)].setdefault(tower, {})[parameter] = file[name]
-    return Trained(cell, towers, history)
+    return Trained(cell, towers)

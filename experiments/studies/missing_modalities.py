@@ -61,11 +61,8 @@ def run(options: study.Options) -> None:
         f"training, {name}": {fill: study.curve(training[f"{name}, {fill}"]) for fill in FILLS} for name in chosen
     }
     panels |= {
-        f"test, {name}": {
-            f"{fill}, {score}": study.curve(test[f"{name}, {fill}, {score}"])
-            for score in ("volume", "residual", "mean cosine")
-            for fill in FILLS
-        }
+        f"test, by {score}, {name}": {fill: study.curve(test[f"{name}, {fill}, {score}"]) for fill in FILLS}
+        for score in ("volume", "residual", "mean cosine")
         for name in chosen
     }
     drawings.lines(panels, this.folder / "recall.png", x="share missing", y="mean of R@1, 5, 10, %")

@@ -5,8 +5,8 @@ A term is a small frozen dataclass that is called with the batch; an objective i
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +64,61 @@ class _Fixed:
         del modalities, dim, rngs
 
 
-@dataclasses.dataclass(frozen=True)
-class Gram(_Fixed):
-    """Volumes (GRAM)."""
+class _OfAnchor(_Fixed):
+    """A loss that compares the anchor with the other modalities."""
+
+    loss: ClassVar[Callable[..., Float[Array, ""]]]
 
     def __call__(self, batch: TermBatch, learned: Any) -> Float[Array, ""]:
-        """`gramjax.losses.gram_loss`."""
+        """Its value."""
         z, where, anchor, ids, _ = batch
-        return losses.gram_loss(z, anchor=anchor, temperature=self.temperature, where=where, ids=ids)
+        return self.loss(z, anchor=anchor, temperature=self.temperature, where=where, ids=ids)
+
+
+class Gram(_OfAnchor):
+    """Volumes (GRAM)."""
+
+    loss = staticmethod(losses.gram_loss)
+
+
+class Cone(_OfAnchor):
+    """Cosines to cones."""
+
+    loss = staticmethod(losses.cone_loss)
+
+
+class Anchored(_OfAnchor):
+    """The anchor against each other modality (ImageBind)."""
+
+    loss = staticmethod(losses.anchored_infonce_loss)
+
+
+class Triangle(_OfAnchor):
+    """Areas of triangles (TRIANGLE), of exactly three modalities."""
+
+    loss = staticmethod(losses.triangle_loss)
+
+
+class _OfAll(_Fixed):
+    """A loss that treats all modalities alike."""
+
+    loss: ClassVar[Callable[..., Float[Array, ""]]]
+
+    def __call__(self, batch: TermBatch, learned: Any) -> Float[Array, ""]:
+        """Its value."""
+        return self.loss(batch.z, temperature=self.temperature, where=batch.where, ids=batch.ids)
+
+
+class Pairwise(_OfAll):
+    """Every modality against every other."""
+
+    loss = staticmethod(losses.pairwise_infonce_loss)
+
+
+class Directions(_OfAll):
+    """Leading directions of different items kept apart (PMRL)."""
+
+    loss = staticmethod(losses.direction_regularization)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,54 +128,6 @@ class Alignment(_Fixed):
     def __call__(self, batch: TermBatch, learned: Any) -> Float[Array, ""]:
         """`gramjax.losses.alignment_loss`."""
         return losses.alignment_loss(batch.z, temperature=self.temperature, where=batch.where)
-
-
-@dataclasses.dataclass(frozen=True)
-class Directions(_Fixed):
-    """Leading directions of different items kept apart (PMRL)."""
-
-    def __call__(self, batch: TermBatch, learned: Any) -> Float[Array, ""]:
-        """`gramjax.losses.direction_regularization`."""
-        return losses.direction_regularization(batch.z, temperature=self.temperature, where=batch.where, ids=batch.ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class Anchored(_Fixed):
-    """The anchor against each other modality (ImageBind)."""
-
-    def __call__(self, batch: TermBatch, learned: Any) -> Float[Array, ""]:
-        """`gramjax.losses.anchored_infonce_loss`."""
-        z, where, anchor, ids, _ = batch
-        return losses.anchored_infonce_loss(z, anchor=anchor, temperature=self.temperature, where=where, ids=ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairwise(_Fixed):
-    """Every modality against every other."""
-
-    def __call__(self, batch: TermBatch, learned: Any) -> Float[Array, ""]:
-        """`gramjax.losses.pairwise_infonce_loss`."""
-        return losses.pairwise_infonce_loss(batch.z, temperature=self.temperature, where=batch.where, ids=batch.ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cone(_Fixed):
-    """Cosines to cones."""
-
-    def __call__(self, batch: TermBatch, learned: Any) -> Float[Array, ""]:
-        """`gramjax.losses.cone_loss`."""
-        z, where, anchor, ids, _ = batch
-        return losses.cone_loss(z, anchor=anchor, temperature=self.temperature, where=where, ids=ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class Triangle(_Fixed):
-    """Areas of triangles (TRIANGLE), of exactly three modalities."""
-
-    def __call__(self, batch: TermBatch, learned: Any) -> Float[Array, ""]:
-        """`gramjax.losses.triangle_loss`."""
-        z, where, anchor, ids, _ = batch
-        return losses.triangle_loss(z, anchor=anchor, temperature=self.temperature, where=where, ids=ids)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,9 +59,7 @@ def test_a_cell_is_trained_once_and_repeats_exactly(frozen, tmp_path, capsys):
     (again,) = cells.load_or_train([cell], frozen, tmp_path)
     assert capsys.readouterr().out == ""
     anew = cells.train(cell, frozen)
-    assert [point["step"] for point in first.history] == [2, 4]
     for other in (again, anew):
-        assert other.history == first.history
         for snapshot in (0, 1):
             one, two = (trained.embed(frozen.test, snapshot=snapshot) for trained in (first, other))
             for name in NAMES:
@@ -77,7 +75,7 @@ def test_towers_embed_as_they_were_trained(frozen):
     tower = cells.Tower(8, cell, rngs=nnx.Rngs(3))
     kept = {"linear/kernel": tower.linear.kernel, "hidden/kernel": tower.hidden.kernel}
     kept |= {"hidden/bias": tower.hidden.bias, "out/kernel": tower.out.kernel}
-    trained = cells.Trained(cell, [{"text": {name: np.asarray(value[...]) for name, value in kept.items()}}], ())
+    trained = cells.Trained(cell, [{"text": {name: np.asarray(value[...]) for name, value in kept.items()}}])
     expected = tower(jnp.asarray(frozen.test["text"]), nnx.Rngs(0))
     np.testing.assert_allclose(trained.embed(frozen.test, only=("text",))["text"], expected, rtol=1e-5, atol=1e-6)
 
