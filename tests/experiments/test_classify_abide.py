@@ -185,7 +185,7 @@ def test_batches_hold_every_training_subject_once_an_epoch():
         assert set(rows) <= set(train)
 
 
-NONE = Objective(pairwise_infonce=Contrastive())
+NONE = Objective()
 
 
 @pytest.mark.parametrize(
