@@ -1,8 +1,9 @@
 """Classes from frozen embeddings: by a linear map, and from the classes' names alone; and how classes lie.
 
 `python -m experiments.studies.classification`. The linear map is a ridge regression to one-hot classes whose ridge
-validation chooses. Zero-shot, the class whose name's embedding scores best. Accuracy is balanced: the mean over classes
-of the share of its items that are recognised. Features need labels, and for zero-shot the classes' names.
+validation chooses; the same of the features that the embeddings are made of stands beside it. Zero-shot, the class
+whose name's embedding scores best. Accuracy is balanced: the mean over classes of the share of its items that are
+recognised. Features need labels, and for zero-shot the classes' names.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from experiments.config import ConfigError
 from experiments.studies import drawings, measure, study
 from experiments.studies.families import PUBLISHED
 from gramjax import scores
+from gramjax.data import emoji
 
 OBJECTIVES = ("GRAM", "PMRL", "GRAM + pairwise InfoNCE", "anchored InfoNCE", "pairwise InfoNCE", "sigmoid")
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -30,17 +32,13 @@ def run(options: study.Options) -> None:
         "validation": this.features.validation,
         "test": this.features.test,
     }
-    rows, maps = {}, {}
+    used = {split: {name: part[name] for name in options.modalities} for split, part in splits.items()}
+    rows, maps = {"the features themselves": study.spreads([linear_probes(used, labels)])}, {}
     for name in OBJECTIVES:
         found, cosines = [], []
         for trained in this.over_seeds(this.tuned(*PUBLISHED[name])):
             embedded = {split: trained.embed(part) for split, part in splits.items()}
-            results = {
-                f"linear, {modality}": linear_probe({split: part[modality] for split, part in embedded.items()}, labels)
-                for modality in trained.cell.modalities
-            }
-            joined = {split: np.concatenate([*part.values()], axis=1) for split, part in embedded.items()}
-            results["linear, all"] = linear_probe(joined, labels)
+            results = linear_probes(embedded, labels)
             if options.anchor in classes:
                 names = trained.embed(classes, only=(options.anchor,))[options.anchor]
                 results |= zero_shot(names, embedded["test"], labels["test"], options.anchor)
@@ -48,16 +46,17 @@ def run(options: study.Options) -> None:
             cosines.append(class_cosines(embedded["test"], labels["test"]))
         rows[name] = study.spreads(found)
         maps[name] = 100 * np.mean(cosines, axis=0)
-    chance = {"linear, all": study.spread([1 / len(np.unique(labels["train"]))])}
+    chance = 1 / len(np.unique(labels["train"]))
     this.write(
         {"rows": rows, "class cosines": {name: matrix.tolist() for name, matrix in maps.items()}, "chance": chance},
         {
-            "Balanced accuracy, %": study.table(
+            f"Balanced accuracy, %; chance is {100 * chance:.1f}": study.table(
                 rows, {figure: figure for figure in rows[OBJECTIVES[0]]}, corner="objective"
             )
         },
     )
-    names = [str(number) for number in range(len(next(iter(maps.values()))))]
+    present = np.unique(labels["test"])
+    names = [emoji.CATEGORIES[label] if options.features is None else str(label) for label in present]
     drawings.heat_maps(maps, names, this.folder / "classes.png", y="class", x="class")
 
 
@@ -86,6 +85,19 @@ def linear_probe(embedded: Mapping[str, np.ndarray], labels: Mapping[str, np.nda
     return best[1]
 
 
+def linear_probes(
+    embedded: Mapping[str, Mapping[str, np.ndarray]], labels: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """`linear_probe` of every modality, and of all side by side."""
+    modalities = list(embedded["train"])
+    found = {
+        f"linear, {modality}": linear_probe({split: part[modality] for split, part in embedded.items()}, labels)
+        for modality in modalities
+    }
+    joined = {split: np.concatenate([*part.values()], axis=1) for split, part in embedded.items()}
+    return found | {"linear, all": linear_probe(joined, labels)}
+
+
 def zero_shot(
     names: np.ndarray, embedded: Mapping[str, np.ndarray], labels: np.ndarray, anchor: str
 ) -> dict[str, float]:
@@ -107,7 +119,7 @@ def zero_shot(
 def class_cosines(embedded: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
     """Mean cosine between different items of every two classes, over all modalities: how classes are disentangled.
 
-    NaN where there are none.
+    Less the mean over all classes, which tells how narrow a cone all embeddings lie in. NaN where there are no items.
     """
     z = np.concatenate([*embedded.values()], axis=0)
     item = np.tile(np.arange(len(labels)), len(embedded))
@@ -118,7 +130,7 @@ def class_cosines(embedded: Mapping[str, np.ndarray], labels: np.ndarray) -> np.
     for a, b in np.ndindex(matrix.shape):
         chosen = np.ix_(of == classes[a], of == classes[b])
         matrix[a, b] = cosines[chosen][different[chosen]].mean() if different[chosen].any() else np.nan
-    return matrix
+    return matrix - np.nanmean(matrix)
 
 
 if __name__ == "__main__":
