@@ -3,6 +3,7 @@
 The batch is the last axis everywhere, so that every step of a rotation is elementwise over long contiguous rows.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from gramjax import _devices
 _WRITTEN_OUT = 4
 
 
+# Compiled by itself where nothing else is, or every call would compile its loop anew.
+@functools.partial(jax.jit, static_argnames="sweeps", inline=True)
 def eigenvectors(gram: Float[Array, "k k n"], *, sweeps: int) -> tuple[Float[Array, "k n"], Float[Array, "k k n"]]:
     """`(values, vectors)` of positive semidefinite matrices, in no order: `gram vectors[i] = values[i] vectors[i]`.
 

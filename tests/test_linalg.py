@@ -265,6 +265,17 @@ def test_products_of_vectors_keep_all_bits():
 
 
 @every_function
+def test_a_second_call_compiles_nothing(function, caplog):
+    z = jnp.asarray(_sets(3, "random", batch=6))
+    function(z)
+    with jax.log_compiles():
+        function(z)
+        assert "ompil" not in caplog.text
+        jax.jit(lambda z: z + 1)(z)
+        assert "ompil" in caplog.text  # it would be seen
+
+
+@every_function
 def test_bad_input(function, unchecked_signatures):
     with pytest.raises(TypeError, match=r"z must have a floating-point dtype, got int32 of shape \(3, 4\)"):
         function(jnp.ones((3, 4), jnp.int32))
