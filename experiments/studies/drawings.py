@@ -108,7 +108,7 @@ def heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Pa
             for (row, column), value in np.ndenumerate(matrix):
                 if np.isfinite(value):
                     ink = "white" if value < low + 0.55 * (high - low) else "black"
-                    axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=6.5)
+                    axes.text(column, row, f"{round(value)}", ha="center", va="center", color=ink, fontsize=6.5)
             axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
             axes.set_yticks(range(len(names)), names, fontsize=7)
             axes.set_title(title)
