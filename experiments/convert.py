@@ -66,12 +66,15 @@ class Convert:
     model: tyro.conf.OmitArgPrefixes[Model]
     overwrite: bool = False
     """Replace what is at the destination."""
+    other_image_size: bool = False
+    """Interpolate the vision tower's position embeddings if the file is for pictures of another size than the model;
+    otherwise it is refused."""
 
 
 def main(options: Convert) -> None:
     if options.destination.exists() and not options.overwrite:
         raise ValueError(f"destination must not exist unless --overwrite, got {options.destination}")
-    model = load_torch(options.source, _config(options))
+    model = load_torch(options.source, _config(options), other_image_size=options.other_image_size)
     save_model(
         options.destination, model, loss_parameters=_loss_parameters(options, model), overwrite=options.overwrite
     )
