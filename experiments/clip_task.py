@@ -19,7 +19,8 @@ from experiments.clip_config import ClipFiles, ClipTrainConfig, GramTerms, PMRLT
 from experiments.config import ConfigError
 from experiments.loop import Task, fit
 from experiments.processes import in_the_lead, say
-from gramjax.checkpoints import load_loss_parameters, load_model, read_config, resize_frames, save_model
+from experiments.usage import Usage, save_with_usage
+from gramjax.checkpoints import load_loss_parameters, load_model, read_config, resize_frames
 from gramjax.data import clips
 from gramjax.data.clips import ClipConfig, ClipFolder
 from gramjax.data.wordpiece import WordPieceTokenizer
@@ -342,7 +343,8 @@ def export(plan: Plan, mesh: Mesh) -> None:
     if _holds(path, model, scalars):
         say(f"{path}: the model of step {step}, as it was written before")
         return
-    save_model(path, model, loss_parameters=scalars, overwrite=True)
+    usage = Usage(plan.clips, plan.condition or plan.config.condition)
+    save_with_usage(path, model, usage, loss_parameters=scalars)
     say(f"{path}: the model of step {step}")
 
 

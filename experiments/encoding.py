@@ -87,7 +87,7 @@ class Matcher:
         return self._match(self._variables, texts, condition)
 
 
-def matched_modalities(config: GramConfig, able: Sequence[str], wanted: Sequence[str] = MATCHED) -> tuple[str, ...]:
+def matched_modalities(config: GramConfig, able: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of the wanted modalities that items have, in the wanted order.
 
     Raises:

@@ -50,13 +50,13 @@ class Converted(NamedTuple):
 def converted(clip_index, tmp_path_factory) -> Converted:
     root = tmp_path_factory.mktemp("end_to_end")
     (root / "tiny.json").write_text(json.dumps(to_json(gram_tiny())))
-    convert.main(convert.Convert(GOLDEN / "gram_tiny_ddp.pt", root / "model", convert.JSONFile(root / "tiny.json")))
+    tiny = convert.JSONFile(root / "tiny.json")
+    convert.main(convert.Convert(GOLDEN / "gram_tiny_ddp.pt", root / "model", tiny, published="gram_didemo"))
     (root / "annotations.json").write_text(json.dumps(ROWS[:-1]))
     options = evaluate_clips.EvaluateClips(
         root / "model",
         annotations=root / "annotations.json",
         vocabulary=clip_index.vocabulary,
-        config="didemo",
         videos=clip_index.clips,
         audios=clip_index.clips,
         slices=1,
@@ -70,7 +70,8 @@ def converted(clip_index, tmp_path_factory) -> Converted:
 def results(converted):
     evaluate_clips.main(converted.options)
     # Not in the model's folder, which is replaced as a whole.
-    assert sorted(path.name for path in converted.model.iterdir()) == ["config.json", "loss.json", "parameters"]
+    names = ["clips.json", "config.json", "loss.json", "parameters"]
+    assert sorted(path.name for path in converted.model.iterdir()) == names
     return json.loads((converted.model.parent / "model-evaluation-didemo" / "results.json").read_text())
 
 
@@ -155,6 +156,7 @@ def test_the_evaluation_is_that_of_every_pair_alone(results, truth, way, queries
 
 
 def test_what_was_read_is_said(results, truth):
+    assert (results["config"], results["match"]) == ("didemo", ["vision", "audio"])
     assert results["present"] == {"vision": 3, "audio": 4}
     assert results["retrieval"]["captions"] == len(truth.captions) == 10
     assert results["unreadable"]["vision"].keys() == {"short", "broken"}
@@ -292,7 +294,8 @@ def test_evaluations_that_cannot_be(converted, changes, message):
 
 
 def test_configs_are_the_published_ones():
-    names = typing.get_args(typing.get_type_hints(evaluate_clips.EvaluateClips)["config"])
+    literal, _ = typing.get_args(typing.get_type_hints(evaluate_clips.EvaluateClips)["config"])
+    names = typing.get_args(literal)
     assert names == tuple(config.name for config in clips.PUBLISHED)
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from experiments import clip_task, train, validation
 from experiments.clip_config import PUBLISHED, ClipFiles, ClipTrainConfig, GramTerms, PMRLTerms
 from experiments.config import ConfigError, TrainConfig
+from experiments.usage import Usage, read_usage
 from gramjax.checkpoints import (
     export_torch,
     load_loss_parameters,
@@ -148,6 +149,9 @@ def test_the_exported_model_is_trained_where_it_should_be(root, uninterrupted, t
     before = resize_frames(load_model(root / "model"), {"vision": 2, "audio": 1})
     after = load_model(uninterrupted / "model")
     assert after.config == before.config
+    trained_on = make_config(root, tmp_path).clips
+    kept = replace(trained_on, modalities=("caption", "vision", "audio"))  # no clip has subtitles
+    assert read_usage(uninterrupted / "model") == Usage(kept, ("vision", "audio"))
     changes = {}
     names = jax.tree.leaves(by_name(nnx.state(before), str))
     for name, old, new in zip(
