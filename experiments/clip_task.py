@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments import runs, validation
 from experiments.clip_config import ClipFiles, ClipTrainConfig, GramTerms, PMRLTerms
 from experiments.config import ConfigError
+from experiments.encoding import read_tokenizer
 from experiments.loop import Task, fit
 from experiments.processes import in_the_lead, say
 from experiments.usage import Usage, save_with_usage
@@ -122,13 +123,14 @@ def make_plan(config: ClipTrainConfig, device_count: int) -> Plan:
     """
     try:
         model = read_config(config.initialize / "config.json")
+        if not isinstance(model, GramConfig):
+            found = type(model).__name__
+            raise ConfigError(f"initialize must hold a whole model, got {found} in {config.initialize}")
         train = _folder(config.files, config.files, captions=config.captions, require=config.require)
         held_out = _folder(config.validation, config.files, captions="first")
-        tokenizer = WordPieceTokenizer(config.vocabulary)
+        tokenizer = read_tokenizer(config.vocabulary, model)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    if not isinstance(model, GramConfig):
-        raise ConfigError(f"initialize must hold a whole model, got {type(model).__name__} in {config.initialize}")
     left_out = _left_out(config, model, train)
     if left_out:
         say(f"left out: {', '.join(f'{name} ({reason})' for name, reason in left_out.items())}")
@@ -150,7 +152,7 @@ def make_plan(config: ClipTrainConfig, device_count: int) -> Plan:
     frames = {"vision": clip_config.train_frames, "audio": clip_config.audio_slices}
     counts = {name: frames.get(name, count) if count else 0 for name, count in model.condition_frames.items()}
     model = dataclasses.replace(model, condition_frames=counts)
-    _check_sizes(config, model, tokenizer, len(train), device_count)
+    _check_sizes(config, model, len(train), device_count)
     steps = config.steps or max(1, int(config.epochs * len(train) / config.batch_size))
     return Plan(config, model, clip_config, condition, train, held_out, tokenizer, steps)
 
@@ -179,23 +181,15 @@ def _left_out(config: ClipTrainConfig, model: GramConfig, train: ClipFolder) -> 
     return reasons
 
 
-def _check_sizes(
-    config: ClipTrainConfig, model: GramConfig, tokenizer: WordPieceTokenizer, clip_count: int, device_count: int
-) -> None:
+def _check_sizes(config: ClipTrainConfig, model: GramConfig, clip_count: int, device_count: int) -> None:
     if config.batch_size % device_count:
         raise ConfigError(f"batch_size must divide over {device_count} devices, got {config.batch_size}")
     if config.batch_size > clip_count:
         raise ConfigError(f"batch_size must not exceed the {clip_count} training clips, got {config.batch_size}")
     for name, length in (("caption", config.clips.caption_length), ("subtitle", config.clips.subtitle_length)):
         tower = model.towers[model.modalities[name]] if name in model.modalities else None
-        if isinstance(tower, BERTConfig):
-            if length > tower.max_length:
-                raise ConfigError(f"clips.{name}_length must be at most the model's {tower.max_length}, got {length}")
-            if tokenizer.vocabulary_size > tower.vocab_size:
-                raise ConfigError(
-                    f"vocabulary must have at most the model's {tower.vocab_size} tokens, "
-                    f"got {tokenizer.vocabulary_size}"
-                )
+        if isinstance(tower, BERTConfig) and length > tower.max_length:
+            raise ConfigError(f"clips.{name}_length must be at most the model's {tower.max_length}, got {length}")
     for tower in model.towers.values():
         if isinstance(tower, VisionConfig) and tower.image_size != config.clips.image_size:
             raise ConfigError(f"clips.image_size must be the model's {tower.image_size}, got {config.clips.image_size}")

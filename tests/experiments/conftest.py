@@ -15,6 +15,8 @@ from tests.data import media_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "square", "moves", "beep", "talk", "##s")
+# As many as the small model has.
+VOCABULARY = (*WORDS, *(f"[unused{number}]" for number in range(97 - len(WORDS))))
 SIZES = {"frames": 4, "slice_frames": 64, "mel_bins": 32, "batch_size": 4}
 
 
@@ -61,7 +63,7 @@ def clip_index(tmp_path_factory) -> ClipIndex:
     rows[2]["subtitle"] = "talks"
     (root / "annotations.json").write_text(json.dumps(rows))
     vocabulary = root / "vocab.txt"
-    vocabulary.write_text("\n".join([*WORDS, ""]))
+    vocabulary.write_text("\n".join([*VOCABULARY, ""]))
     save_model(root / "model", load_torch(GOLDEN / "gram_tiny_ddp.pt", gram_tiny()))
     options = embed.Embed(
         root / "model",

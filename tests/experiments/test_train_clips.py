@@ -29,7 +29,7 @@ from gramjax.checkpoints import (
 from gramjax.data.clips import ClipConfig
 from gramjax.models import GramModel, LossParameters, gram_tiny, to_json
 from gramjax.training import MetricWriter, by_name, data_mesh, warmup_linear
-from tests.experiments.conftest import GOLDEN, WORDS, write_square
+from tests.experiments.conftest import GOLDEN, VOCABULARY, WORDS, write_square
 
 NAMES = ("red", "blue", "green", "grey", "white", "mute")
 
@@ -62,7 +62,7 @@ def root(tmp_path_factory):
     ]
     (root / "train.json").write_text(json.dumps(rows))
     (root / "held_out.json").write_text(json.dumps(rows[:3]))
-    (root / "vocab.txt").write_text("\n".join([*WORDS, ""]))
+    (root / "vocab.txt").write_text("\n".join([*VOCABULARY, ""]))
     golden = GOLDEN / "gram_tiny_ddp.pt"
     model = shallow(load_torch(golden, gram_tiny()))
     save_model(root / "model", model, loss_parameters=LossParameters.from_torch(read_state_dict(golden)))
@@ -247,6 +247,7 @@ def test_other_clips_in_the_same_directory_are_refused(root, uninterrupted, tmp_
         ({"batch_size": 8}, "batch_size must not exceed the 6 training clips, got 8"),
         ({"initialize": "nowhere"}, "nowhere"),
         ({"vocabulary": "nowhere"}, "path must be a vocab.txt"),
+        ({"vocabulary": "few.txt"}, "vocabulary must have the 97 tokens of the model, got 12 in .*few.txt"),
         ({"clips.image_size": 28}, "clips.image_size must be the model's 42, got 28"),
         ({"clips.caption_length": 70}, "clips.caption_length must be at most the model's 64, got 70"),
         ({"clips.modalities": ("caption", "subtitle"), "condition": ("subtitle",)}, "caption and another of"),
@@ -255,9 +256,9 @@ def test_other_clips_in_the_same_directory_are_refused(root, uninterrupted, tmp_
 )
 def test_what_does_not_fit_is_refused(root, tmp_path, change, message):
     own = {name.removeprefix("clips."): value for name, value in change.items() if name.startswith("clips.")}
-    rest = {
-        name: tmp_path / value if value == "nowhere" else value for name, value in change.items() if "." not in name
-    }
+    rest = {name: value for name, value in change.items() if "." not in name}
+    rest |= {name: tmp_path / value for name, value in rest.items() if isinstance(value, str)}
+    (tmp_path / "few.txt").write_text("\n".join(WORDS))
     config = make_config(root, tmp_path, **rest, clips=replace(make_config(root, tmp_path).clips, **own))
     with pytest.raises(ConfigError, match=message):
         clip_task.make_plan(config, 1)
