@@ -1,6 +1,7 @@
 """Training a released model on clips: pretraining and finetuning by `python -m experiments.train --config NAME`."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -230,19 +231,27 @@ def build(
         return create_train_state(nnx.merge(model_graph, params), scalars, optimizer, seed=config.seed)
 
     graphdef, state = jax.eval_shape(begin, shapes)
-    whole = NamedSharding(mesh, PartitionSpec())
-    shardings = parameter_shardings(state, mesh) if config.shard_parameters else jax.tree.map(lambda _: whole, state)
+    place = places(config, mesh)
+    shardings = place(state)
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
     )
 
     def start() -> TrainState:
-        loaded = resize_frames(_initial(load_model, config), dict(plan.model.condition_frames))
-        # By way of the host: the arrays of one device cannot be put in their places on several.
-        params = jax.device_get(nnx.state(loaded))
+        # Each device reads its parts of the parameters, and makes those of the optimizer's state.
+        loaded = _initial(functools.partial(load_model, shardings=place), config)
+        params = nnx.state(resize_frames(loaded, dict(plan.model.condition_frames)))
         return jax.jit(lambda params: begin(params)[1], out_shardings=shardings)(params)
 
     return graphdef, target, start, optimizer
+
+
+def places(config: ClipTrainConfig, mesh: Mesh) -> Callable[[Any], Any]:
+    """Where the parts of the arrays of a tree are during the run."""
+    if config.shard_parameters:
+        return functools.partial(parameter_shardings, mesh=mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return lambda tree: jax.tree.map(lambda _: whole, tree)
 
 
 def _temperature(config: ClipTrainConfig) -> float:
@@ -334,7 +343,7 @@ def export(plan: Plan, mesh: Mesh) -> None:
     with runs.open_checkpoints(plan.config.run_dir, read_only=True) as checkpoints:
         model, scalars = merge(graphdef, checkpoints.restore(target, step="best"))
         step = checkpoints.best_step
-    if _holds(path, model, scalars):
+    if _holds(path, model, scalars, places(plan.config, mesh)):
         say(f"{path}: the model of step {step}, as it was written before")
         return
     usage = Usage(plan.clips, plan.condition or plan.config.condition)
@@ -342,10 +351,10 @@ def export(plan: Plan, mesh: Mesh) -> None:
     say(f"{path}: the model of step {step}")
 
 
-def _holds(path: Path, model: GramModel, scalars: LossParameters) -> bool:
+def _holds(path: Path, model: GramModel, scalars: LossParameters, place: Callable[[Any], Any]) -> bool:
     """Whether this very model was saved there: what lies beside it is then left alone."""
     try:
-        there, kept = load_model(path), load_loss_parameters(path)
+        there, kept = load_model(path, shardings=place), load_loss_parameters(path)
     except (ValueError, OSError):
         return False
     if there.config != model.config or kept is None or kept.to_json() != scalars.to_json():
