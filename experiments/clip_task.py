@@ -1,6 +1,7 @@
 """Training a released model on clips: pretraining and finetuning by `python -m experiments.train --config NAME`."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments import runs, validation
 from experiments.clip_config import ClipFiles, ClipTrainConfig, GramTerms, PMRLTerms
 from experiments.config import ConfigError
+from experiments.encoding import read_tokenizer
 from experiments.loop import Task, fit
 from experiments.processes import in_the_lead, say
-from gramjax.checkpoints import load_loss_parameters, load_model, read_config, resize_frames, save_model
+from experiments.usage import Usage, save_with_usage
+from gramjax.checkpoints import load_loss_parameters, load_model, read_config, resize_frames
 from gramjax.data import clips
 from gramjax.data.clips import ClipConfig, ClipFolder
 from gramjax.data.wordpiece import WordPieceTokenizer
@@ -121,13 +124,14 @@ def make_plan(config: ClipTrainConfig, device_count: int) -> Plan:
     """
     try:
         model = read_config(config.initialize / "config.json")
+        if not isinstance(model, GramConfig):
+            found = type(model).__name__
+            raise ConfigError(f"initialize must hold a whole model, got {found} in {config.initialize}")
         train = _folder(config.files, config.files, captions=config.captions, require=config.require)
         held_out = _folder(config.validation, config.files, captions="first")
-        tokenizer = WordPieceTokenizer(config.vocabulary)
+        tokenizer = read_tokenizer(config.vocabulary, model)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    if not isinstance(model, GramConfig):
-        raise ConfigError(f"initialize must hold a whole model, got {type(model).__name__} in {config.initialize}")
     left_out = _left_out(config, model, train)
     if left_out:
         say(f"left out: {', '.join(f'{name} ({reason})' for name, reason in left_out.items())}")
@@ -149,7 +153,7 @@ def make_plan(config: ClipTrainConfig, device_count: int) -> Plan:
     frames = {"vision": clip_config.train_frames, "audio": clip_config.audio_slices}
     counts = {name: frames.get(name, count) if count else 0 for name, count in model.condition_frames.items()}
     model = dataclasses.replace(model, condition_frames=counts)
-    _check_sizes(config, model, tokenizer, len(train), device_count)
+    _check_sizes(config, model, len(train), device_count)
     steps = config.steps or max(1, int(config.epochs * len(train) / config.batch_size))
     return Plan(config, model, clip_config, condition, train, held_out, tokenizer, steps)
 
@@ -178,23 +182,15 @@ def _left_out(config: ClipTrainConfig, model: GramConfig, train: ClipFolder) -> 
     return reasons
 
 
-def _check_sizes(
-    config: ClipTrainConfig, model: GramConfig, tokenizer: WordPieceTokenizer, clip_count: int, device_count: int
-) -> None:
+def _check_sizes(config: ClipTrainConfig, model: GramConfig, clip_count: int, device_count: int) -> None:
     if config.batch_size % device_count:
         raise ConfigError(f"batch_size must divide over {device_count} devices, got {config.batch_size}")
     if config.batch_size > clip_count:
         raise ConfigError(f"batch_size must not exceed the {clip_count} training clips, got {config.batch_size}")
     for name, length in (("caption", config.clips.caption_length), ("subtitle", config.clips.subtitle_length)):
         tower = model.towers[model.modalities[name]] if name in model.modalities else None
-        if isinstance(tower, BERTConfig):
-            if length > tower.max_length:
-                raise ConfigError(f"clips.{name}_length must be at most the model's {tower.max_length}, got {length}")
-            if tokenizer.vocabulary_size > tower.vocab_size:
-                raise ConfigError(
-                    f"vocabulary must have at most the model's {tower.vocab_size} tokens, "
-                    f"got {tokenizer.vocabulary_size}"
-                )
+        if isinstance(tower, BERTConfig) and length > tower.max_length:
+            raise ConfigError(f"clips.{name}_length must be at most the model's {tower.max_length}, got {length}")
     for tower in model.towers.values():
         if isinstance(tower, VisionConfig) and tower.image_size != config.clips.image_size:
             raise ConfigError(f"clips.image_size must be the model's {tower.image_size}, got {config.clips.image_size}")
@@ -235,19 +231,27 @@ def build(
         return create_train_state(nnx.merge(model_graph, params), scalars, optimizer, seed=config.seed)
 
     graphdef, state = jax.eval_shape(begin, shapes)
-    whole = NamedSharding(mesh, PartitionSpec())
-    shardings = parameter_shardings(state, mesh) if config.shard_parameters else jax.tree.map(lambda _: whole, state)
+    place = places(config, mesh)
+    shardings = place(state)
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
     )
 
     def start() -> TrainState:
-        loaded = resize_frames(_initial(load_model, config), dict(plan.model.condition_frames))
-        # By way of the host: the arrays of one device cannot be put in their places on several.
-        params = jax.device_get(nnx.state(loaded))
+        # Each device reads its parts of the parameters, and makes those of the optimizer's state.
+        loaded = _initial(functools.partial(load_model, shardings=place), config)
+        params = nnx.state(resize_frames(loaded, dict(plan.model.condition_frames)))
         return jax.jit(lambda params: begin(params)[1], out_shardings=shardings)(params)
 
     return graphdef, target, start, optimizer
+
+
+def places(config: ClipTrainConfig, mesh: Mesh) -> Callable[[Any], Any]:
+    """Where the parts of the arrays of a tree are during the run."""
+    if config.shard_parameters:
+        return functools.partial(parameter_shardings, mesh=mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return lambda tree: jax.tree.map(lambda _: whole, tree)
 
 
 def _temperature(config: ClipTrainConfig) -> float:
@@ -339,17 +343,18 @@ def export(plan: Plan, mesh: Mesh) -> None:
     with runs.open_checkpoints(plan.config.run_dir, read_only=True) as checkpoints:
         model, scalars = merge(graphdef, checkpoints.restore(target, step="best"))
         step = checkpoints.best_step
-    if _holds(path, model, scalars):
+    if _holds(path, model, scalars, places(plan.config, mesh)):
         say(f"{path}: the model of step {step}, as it was written before")
         return
-    save_model(path, model, loss_parameters=scalars, overwrite=True)
+    usage = Usage(plan.clips, plan.condition or plan.config.condition)
+    save_with_usage(path, model, usage, loss_parameters=scalars)
     say(f"{path}: the model of step {step}")
 
 
-def _holds(path: Path, model: GramModel, scalars: LossParameters) -> bool:
+def _holds(path: Path, model: GramModel, scalars: LossParameters, place: Callable[[Any], Any]) -> bool:
     """Whether this very model was saved there: what lies beside it is then left alone."""
     try:
-        there, kept = load_model(path), load_loss_parameters(path)
+        there, kept = load_model(path, shardings=place), load_loss_parameters(path)
     except (ValueError, OSError):
         return False
     if there.config != model.config or kept is None or kept.to_json() != scalars.to_json():

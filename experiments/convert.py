@@ -1,6 +1,7 @@
 """Converts a PyTorch checkpoint to a folder that `gramjax.checkpoints.load_model` reads: JSON and Orbax.
 
 `python -m experiments.convert model_step_1000.pt converted gram`
+`python -m experiments.convert model_step_1000.pt converted --published pmrl_msrvtt gram`
 `python -m experiments.convert EVA01_CLIP_g_14_psz14_s11B.pt converted vision`
 `python -m experiments.convert BEATs_iter3_plus_AS2M.pt converted audio`
 `python -m experiments.convert bert-base-uncased converted text`
@@ -14,6 +15,8 @@ from typing import Annotated
 import tyro
 
 from experiments.cli import one_line_errors
+from experiments.clip_config import PUBLISHED
+from experiments.usage import Usage, save_with_usage
 from gramjax.checkpoints import (
     load_torch,
     read_beats_config,
@@ -25,7 +28,7 @@ from gramjax.checkpoints import (
 from gramjax.checkpoints.torch_models import ModelConfig
 from gramjax.encoders import BERTConfig, VisionConfig
 from gramjax.encoders.conversion import parameter_count
-from gramjax.models import GramModel, LossParameters
+from gramjax.models import GramConfig, GramModel, LossParameters
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,33 @@ class Convert:
     destination: tyro.conf.Positional[Path]
     """Folder to make. It appears only once everything is in it."""
     model: tyro.conf.OmitArgPrefixes[Model]
+    published: str | None = None
+    """Published run that the model comes from, as of `experiments.train --config`. Its frames, slices, lengths of texts
+    and what its matching head reads are kept with the model, and are then the defaults of what uses it."""
     overwrite: bool = False
     """Replace what is at the destination."""
+    other_image_size: bool = False
+    """Interpolate the vision tower's position embeddings if the file is for pictures of another size than the model;
+    otherwise it is refused."""
+
+    def __post_init__(self):
+        if self.published is not None and self.published not in PUBLISHED:
+            raise ValueError(f"published must be one of {', '.join(PUBLISHED)}, got {self.published}")
 
 
 def main(options: Convert) -> None:
     if options.destination.exists() and not options.overwrite:
         raise ValueError(f"destination must not exist unless --overwrite, got {options.destination}")
-    model = load_torch(options.source, _config(options))
-    save_model(
-        options.destination, model, loss_parameters=_loss_parameters(options, model), overwrite=options.overwrite
-    )
+    config = _config(options)
+    if options.published is not None and not isinstance(config, GramConfig):
+        raise ValueError(f"published is of a whole model, got it for a {type(config).__name__}")
+    model = load_torch(options.source, config, other_image_size=options.other_image_size)
+    scalars = _loss_parameters(options, model)
+    if options.published is None:
+        save_model(options.destination, model, loss_parameters=scalars, overwrite=options.overwrite)
+    else:
+        _, run = PUBLISHED[options.published]
+        save_with_usage(options.destination, model, Usage(run.clips, run.condition), loss_parameters=scalars)
     print(f"{options.destination}: {type(model).__name__}, {parameter_count(model):,} parameters")
 
 

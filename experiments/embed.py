@@ -28,6 +28,7 @@ from experiments.galleries import (
     read_gram_config,
 )
 from experiments.runs import load_run
+from experiments.usage import read_usage
 from gramjax import retrieval, scores
 from gramjax.checkpoints.folders import whole_folder
 from gramjax.data import clips, emoji
@@ -65,13 +66,13 @@ class Embed:
     """The model's vocab.txt or tokenizer.json, or a folder with one. Without it, no sentence can be searched for."""
     score: Literal["residual", "volume", "cone", "leading_direction", "cosine"] = "residual"
     """What is compared. By volume, clips that lack a modality are found late or never."""
-    frames: int = 8
-    """Frames of a clip. One with fewer has no picture."""
-    slices: int = 1
+    frames: int | None = None
+    """Frames of a clip; one with fewer has no picture. Default, as of the next three: the model's, or as published."""
+    slices: int | None = None
     """Slices of sound of a clip."""
-    slice_frames: int = 1024
+    slice_frames: int | None = None
     """Length of a slice, in frames of 10 ms."""
-    mel_bins: int = 64
+    mel_bins: int | None = None
     """Of sound."""
     batch_size: int = 16
     overwrite: bool = False
@@ -125,15 +126,7 @@ def main(options: Embed) -> None:
         batches, report = gallery.batches(split, options.batch_size), clips.Report()
     else:
         folder = _folder(options)
-        wanted = clips.ClipConfig(
-            "index",
-            clips.MODALITIES,
-            eval_frames=options.frames,
-            audio_slices=options.slices,
-            slice_frames=options.slice_frames,
-            mel_bins=options.mel_bins,
-        )
-        gallery = clip_gallery(read_gram_config(options.model), folder, wanted, vocabulary=options.vocabulary)
+        gallery = clip_gallery(read_gram_config(options.model), folder, _wanted(options), vocabulary=options.vocabulary)
         items = [_item(clip) for clip in folder.annotations]
         batches, report = gallery.batches(folder, options.batch_size), folder.report
         model = gallery.load(options.model)  # Last, as it may be large and what was asked for impossible.
@@ -206,6 +199,21 @@ def read_index(path: Path) -> tuple[retrieval.Index, Contents]:
     if (len(index), index.modalities) != (len(contents.items), len(contents.gallery.modalities)):
         raise ValueError(f"{path / INDEX} and {path / CONTENTS} are not of the same items")
     return index, contents
+
+
+def _wanted(options: Embed) -> clips.ClipConfig:
+    asked = {
+        "eval_frames": options.frames,
+        "audio_slices": options.slices,
+        "slice_frames": options.slice_frames,
+        "mel_bins": options.mel_bins,
+    }
+    return dataclasses.replace(
+        read_usage(options.model).clips,
+        name="index",
+        modalities=clips.MODALITIES,
+        **{name: value for name, value in asked.items() if value is not None},
+    )
 
 
 def _folder(options: Embed) -> clips.ClipFolder:

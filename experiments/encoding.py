@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gramjax.data.wordpiece import WordPieceTokenizer
+from gramjax.encoders import BERTConfig
 from gramjax.models import GramConfig, GramModel
 
 # By which the published models learn to match, in this order.
@@ -87,7 +89,7 @@ class Matcher:
         return self._match(self._variables, texts, condition)
 
 
-def matched_modalities(config: GramConfig, able: Sequence[str], wanted: Sequence[str] = MATCHED) -> tuple[str, ...]:
+def matched_modalities(config: GramConfig, able: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of the wanted modalities that items have, in the wanted order.
 
     Raises:
@@ -99,6 +101,23 @@ def matched_modalities(config: GramConfig, able: Sequence[str], wanted: Sequence
     if not found:
         raise ValueError(f"clips must have one of {', '.join(wanted)}, to be matched with texts; got {', '.join(able)}")
     return found
+
+
+def read_tokenizer(vocabulary: Path, config: GramConfig) -> WordPieceTokenizer:
+    """The tokenizer of a model's text towers.
+
+    Raises:
+      ValueError: if there is none, or it cannot be the model's: it has fewer words, or more.
+    """
+    tokenizer = WordPieceTokenizer(vocabulary)
+    for name in dict.fromkeys(config.modalities.values()):
+        tower = config.towers[name]
+        if isinstance(tower, BERTConfig) and tower.vocab_size != tokenizer.vocabulary_size:
+            raise ValueError(
+                f"vocabulary must have the {tower.vocab_size} tokens of the model, "
+                f"got {tokenizer.vocabulary_size} in {vocabulary}"
+            )
+    return tokenizer
 
 
 def _file(folder: Path, item: int) -> Path:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from experiments import report
 from experiments.embed import SCORES
-from experiments.encoding import MATCHED, Loaded, Matcher, embed_items, matched_modalities
+from experiments.encoding import Loaded, Matcher, embed_items, matched_modalities
 from experiments.galleries import ClipGallery, clip_gallery, read_gram_config
+from experiments.usage import read_usage
 from gramjax.data import clips
 from gramjax.data.wordpiece import WordPieceTokenizer
 from gramjax.evaluation import TwoStageRetrieval, two_stage_retrieval
@@ -41,8 +42,9 @@ class EvaluateClips:
     """JSON file that says which clips there are, their captions and their classes."""
     vocabulary: Path
     """The model's vocab.txt or tokenizer.json, or a folder with one."""
-    config: Literal["msrvtt", "didemo", "activitynet", "vatex", "audiocaps", "clotho", "vggsound", "vast"]
-    """Data set whose published evaluation this is: modalities, frames, slices, lengths of texts."""
+    config: Literal["msrvtt", "didemo", "activitynet", "vatex", "audiocaps", "clotho", "vggsound", "vast"] | None = None
+    """Data set whose published evaluation this is: modalities, frames, slices, lengths of texts. Default: the one that
+    the model was trained on, if its folder says so."""
     videos: Path | None = None
     """Folder of videos."""
     audios: Path | None = None
@@ -53,8 +55,9 @@ class EvaluateClips:
     """Folder for the results; default: MODEL-evaluation-CONFIG beside the model's."""
     modalities: tuple[Modality, ...] | None = None
     """Of clips; default: those of the data set that clips and model have."""
-    match: tuple[Modality, ...] = MATCHED
-    """What the matching head reads, in this order: what it was trained on."""
+    match: tuple[Modality, ...] | None = None
+    """What the matching head reads, in this order; default: what it was trained on, if the model's folder says so, or
+    vision and audio."""
     score: Literal["volume", "residual", "cone", "leading_direction", "cosine"] = "volume"
     """Of the first stage; volume as published. By volume, clips that lack a modality are found late or never."""
     candidates: int = 50
@@ -64,13 +67,13 @@ class EvaluateClips:
     require: tuple[Modality, ...] = ()
     """Drop clips without a file for these; the published loader drops those without vision or audio."""
     frames: int | None = None
-    """Frames of a clip; default: the data set's."""
+    """Frames of a clip; default: the model's if it was trained on this data set, else the data set's."""
     slices: int | None = None
-    """Slices of sound; default: the data set's."""
-    slice_frames: int = 1024
-    """Length of a slice, in frames of 10 ms."""
-    mel_bins: int = 64
-    """Of sound."""
+    """Slices of sound; default: as of frames."""
+    slice_frames: int | None = None
+    """Length of a slice, in frames of 10 ms; default: the model's, or 1024."""
+    mel_bins: int | None = None
+    """Of sound; default: the model's, or 64."""
     batch_size: int = 16
     """Clips and captions that are embedded at a time."""
 
@@ -147,7 +150,7 @@ def evaluate(options: EvaluateClips) -> dict[str, Any]:
     if "caption" not in config.modalities:
         raise ValueError(f"model must embed captions, got one of {', '.join(config.modalities)}")
     gallery = clip_gallery(config, folder, _wanted(options), vocabulary=options.vocabulary)
-    match_with = matched_modalities(config, gallery.modalities, options.match)
+    match_with = matched_modalities(config, gallery.modalities, options.match or read_usage(options.model).condition)
     model = gallery.load(options.model)  # Last, as it may be large and what was asked for impossible.
     with tempfile.TemporaryDirectory(dir=_output(options), prefix=".conditions-") as conditions:
         batches = _progress(gallery.batches(folder, options.batch_size), len(folder), options.batch_size, "clips")
@@ -160,7 +163,7 @@ def evaluate(options: EvaluateClips) -> dict[str, Any]:
         figures = {"retrieval": _retrieval(embedded, folder), "classification": _classification(embedded, folder)}
     return {
         "model": str(options.model),
-        "config": options.config,
+        "config": gallery.config.name,
         "clips": len(folder),
         "present": {name: int(count) for name, count in zip(modalities, where.sum(axis=0))},
         "score": options.score,
@@ -239,20 +242,35 @@ def main(options: EvaluateClips) -> None:
 
 
 def _wanted(options: EvaluateClips) -> clips.ClipConfig:
-    config = next(config for config in clips.PUBLISHED if config.name == options.config)
-    wanted = {"modalities": options.modalities, "eval_frames": options.frames, "audio_slices": options.slices}
-    return dataclasses.replace(
-        config,
-        slice_frames=options.slice_frames,
-        mel_bins=options.mel_bins,
-        **{name: value for name, value in wanted.items() if value is not None},
-    )
+    trained_on = read_usage(options.model).clips
+    name = _data_set(options)
+    config = trained_on if trained_on.name == name else next(one for one in clips.PUBLISHED if one.name == name)
+    # What a slice of sound is belongs to the model, whatever the data set.
+    config = dataclasses.replace(config, slice_frames=trained_on.slice_frames, mel_bins=trained_on.mel_bins)
+    asked = {
+        "modalities": options.modalities,
+        "eval_frames": options.frames,
+        "audio_slices": options.slices,
+        "slice_frames": options.slice_frames,
+        "mel_bins": options.mel_bins,
+    }
+    return dataclasses.replace(config, **{name: value for name, value in asked.items() if value is not None})
+
+
+def _data_set(options: EvaluateClips) -> str:
+    name = options.config or read_usage(options.model).clips.name
+    names = [config.name for config in clips.PUBLISHED]
+    if name not in names:
+        raise ValueError(
+            f"config must be one of {', '.join(names)}: {options.model} does not say what it was trained on"
+        )
+    return name
 
 
 def _output(options: EvaluateClips) -> Path:
     # Not in the model's folder, which is replaced as a whole when the model is exported or converted again.
     model = Path(os.path.abspath(options.model))
-    output = options.output or model.with_name(f"{model.name}-evaluation-{options.config}")
+    output = options.output or model.with_name(f"{model.name}-evaluation-{_data_set(options)}")
     output.mkdir(parents=True, exist_ok=True)
     return output
 

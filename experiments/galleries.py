@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from experiments.config import TrainConfig
-from experiments.encoding import Loaded
+from experiments.encoding import Loaded, read_tokenizer
 from experiments.runs import load_run
 from gramjax.checkpoints import load_model, read_config
 from gramjax.data import clips, emoji, media, pipeline, queries
@@ -120,7 +120,7 @@ def clip_gallery(config: GramConfig, folder: ClipFolder, wanted: ClipConfig, *, 
     Captions are no modality of items, but what asks for them.
 
     Raises:
-      ValueError: if they have nothing in common, or the tokenizer has more words than the model.
+      ValueError: if they have nothing in common, or the tokenizer is not the model's.
     """
     modalities = tuple(
         name
@@ -132,14 +132,13 @@ def clip_gallery(config: GramConfig, folder: ClipFolder, wanted: ClipConfig, *, 
     )
     if not modalities:
         raise ValueError(f"the clips have none of the model's modalities ({', '.join(config.modalities)})")
+    if vocabulary is not None:
+        read_tokenizer(vocabulary, config)
     towers = {name: config.towers[tower] for name, tower in config.modalities.items()}
     sizes: dict[str, Any] = {}
     for name in ("caption", "subtitle"):
         if vocabulary is not None and isinstance(tower := towers.get(name), BERTConfig):
             sizes[f"{name}_length"] = min(getattr(wanted, f"{name}_length"), tower.max_length)
-            words = WordPieceTokenizer(vocabulary).vocabulary_size
-            if words > tower.vocab_size:
-                raise ValueError(f"vocabulary must have at most the model's {tower.vocab_size} tokens, got {words}")
     for tower in towers.values():
         if isinstance(tower, VisionConfig):
             sizes["image_size"] = tower.image_size

@@ -21,6 +21,7 @@ from experiments.cli import one_line_errors
 from experiments.embed import SCORES, Contents, model_digest, read_index
 from experiments.encoding import Matcher, embed_items, matched_modalities
 from experiments.galleries import ClipGallery, Item
+from experiments.usage import read_usage
 from gramjax import reranking, retrieval
 from gramjax.data import clips
 from gramjax.models import GramModel
@@ -94,13 +95,15 @@ def find(
         if position >= 0
     ]
     if rerank and isinstance(contents.gallery, ClipGallery):
-        found[:rerank] = _reranked(contents.gallery, model, batch["caption"], found[:rerank])
+        modalities = matched_modalities(model.config, contents.gallery.modalities, read_usage(path).condition)
+        found[:rerank] = _reranked(contents.gallery, model, modalities, batch["caption"], found[:rerank])
     return found[:k]
 
 
-def _reranked(gallery: ClipGallery, model: GramModel, text: Any, found: list[Found]) -> list[Found]:
-    """The same in the order of the matching head."""
-    modalities = matched_modalities(model.config, gallery.modalities)
+def _reranked(
+    gallery: ClipGallery, model: GramModel, modalities: tuple[str, ...], text: Any, found: list[Found]
+) -> list[Found]:
+    """The same in the order of the matching head, which reads the modalities."""
     gallery = dataclasses.replace(gallery, config=dataclasses.replace(gallery.config, modalities=modalities))
     folder = clips.ClipFolder.of([one.item.clip() for one in found])
     numbers = np.arange(len(found))

@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -48,13 +50,22 @@ def save_model(
             (folder / _LOSS).write_text(json.dumps(loss_parameters.to_json()) + "\n", encoding="utf-8")
 
 
-def load_model(path: str | os.PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32) -> Any:
+def load_model(
+    path: str | os.PathLike,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    shardings: Callable[[Any], Any] | None = None,
+) -> Any:
     """Reads a model that `save_model` wrote.
 
     Args:
         path: the folder.
         dtype: of the computation.
         param_dtype: of the parameters, whatever they were saved in.
+        shardings: from the tree of the parameters' shapes to that of their places, such as
+            `lambda tree: gramjax.training.parameter_shardings(tree, mesh)`: every device then reads its parts alone.
+            None: everything goes to the default device.
 
     Raises:
         FileNotFoundError: nothing was saved at `path`.
@@ -64,8 +75,13 @@ def load_model(path: str | os.PathLike, *, dtype: Any = jnp.float32, param_dtype
     config = read_config(path / _CONFIG)
     kind = model_class(config)
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
+    target = nnx.state(model, nnx.Param)
+    if shardings is not None:
+        target = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), target, shardings(target)
+        )
     try:
-        parameters = restore(path / _PARAMETERS, nnx.state(model, nnx.Param))
+        parameters = restore(path / _PARAMETERS, target)
     except ValueError as error:
         raise ValueError(f"{path / _PARAMETERS} must fit {_CONFIG} beside it: {str(error).splitlines()[0]}") from error
     nnx.update(model, parameters)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from gramjax.checkpoints.positions import resize_positions
 from gramjax.checkpoints.state_dicts import read_file, read_state_dict
 from gramjax.checkpoints.torch_writer import write_torch_file
 from gramjax.encoders import BERT, BEATs, BEATsConfig, BERTConfig, VisionConfig, VisionTransformer
@@ -26,7 +27,12 @@ _PREFIXES: dict[type, tuple[str, ...]] = {
 
 
 def load_torch(
-    source: str | os.PathLike, config: ModelConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+    source: str | os.PathLike,
+    config: ModelConfig,
+    *,
+    other_image_size: bool = False,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
 ) -> Any:
     """Builds a model from a PyTorch checkpoint.
 
@@ -39,6 +45,9 @@ def load_torch(
             prefixes and old names that `read_state_dict` knows. An encoder may be taken out of a larger model's file.
         config: of the model: `VisionConfig` gives a `VisionTransformer`, `BEATsConfig` a `BEATs` (`read_beats_config`
             finds it in the file), `BERTConfig` a `BERT`, `GramConfig` a `GramModel`.
+        other_image_size: take a file of a vision tower for pictures of another size than `config.image_size` too. The
+            position embeddings of its patches are then interpolated, as the published codes do: bicubically for a
+            `VisionTransformer`, bilinearly for a `GramModel`; the class token's stays. False: it is refused.
         dtype: of the computation.
         param_dtype: of the parameters, whatever the file's.
 
@@ -53,6 +62,8 @@ def load_torch(
     """
     kind = model_class(config)
     state_dict = _part(read_state_dict(source), kind.torch_rules(config), _PREFIXES[kind])
+    if other_image_size:
+        state_dict = resize_positions(state_dict, config)
     return from_torch(kind, config, state_dict, dtype=dtype, param_dtype=param_dtype)
 
 

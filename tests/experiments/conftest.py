@@ -1,21 +1,26 @@
 """A folder of clips, the small released model, and the index of the one by the other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import embed
-from gramjax.checkpoints import load_torch, save_model
-from gramjax.models import gram_tiny
+from gramjax.checkpoints import load_torch, read_state_dict, save_model
+from gramjax.models import GramModel, LossParameters, gram_tiny
 from tests.data import media_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "square", "moves", "beep", "talk", "##s")
+# As many as the small model has.
+VOCABULARY = (*WORDS, *(f"[unused{number}]" for number in range(97 - len(WORDS))))
 SIZES = {"frames": 4, "slice_frames": 64, "mel_bins": 32, "batch_size": 4}
+TRAINED_ON = ("red", "blue", "green", "grey", "white", "mute")
 
 
 def write_square(path, colour, frames=8, hertz=None):
@@ -61,7 +66,7 @@ def clip_index(tmp_path_factory) -> ClipIndex:
     rows[2]["subtitle"] = "talks"
     (root / "annotations.json").write_text(json.dumps(rows))
     vocabulary = root / "vocab.txt"
-    vocabulary.write_text("\n".join([*WORDS, ""]))
+    vocabulary.write_text("\n".join([*VOCABULARY, ""]))
     save_model(root / "model", load_torch(GOLDEN / "gram_tiny_ddp.pt", gram_tiny()))
     options = embed.Embed(
         root / "model",
@@ -74,3 +79,39 @@ def clip_index(tmp_path_factory) -> ClipIndex:
     )
     embed.main(options)
     return ClipIndex(clips, root / "model", vocabulary, root / "index", options)
+
+
+def shallow(model):
+    """The first layer of every tower, without dropout: compilation is what takes time here."""
+    off = {
+        "vision": {"drop_path_rate": 0.0},
+        "audio": {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "layer_drop_rate": 0.0},
+        "text": {"dropout_rate": 0.0, "attention_dropout_rate": 0.0},
+    }
+    config = model.config
+    config = replace(config, towers={name: replace(x, depth=1, **off[name]) for name, x in config.towers.items()})
+    result = nnx.eval_shape(lambda: GramModel(config, rngs=nnx.Rngs(0)))
+    kept = {path for path, _ in nnx.to_flat_state(nnx.state(result))}
+    nnx.update(result, nnx.from_flat_state([item for item in nnx.to_flat_state(nnx.state(model)) if item[0] in kept]))
+    return result
+
+
+@pytest.fixture(scope="session")
+def training_clips(tmp_path_factory) -> Path:
+    """A folder with clips, annotations to train on and held out, a vocabulary, and a shallow model to start from."""
+    root = tmp_path_factory.mktemp("clips")
+    (root / "videos").mkdir()
+    for number, name in enumerate(TRAINED_ON):
+        colour = np.random.default_rng(number).integers(0, 256, 3)
+        write_square(root / f"videos/{name}.mp4", colour, 4, hertz=None if name == "mute" else 300 + 200 * number)
+    rows = [
+        {"id": name, "desc": f"a {name} square" if number else ["red beep", "talk"]}
+        for number, name in enumerate(TRAINED_ON)
+    ]
+    (root / "train.json").write_text(json.dumps(rows))
+    (root / "held_out.json").write_text(json.dumps(rows[:3]))
+    (root / "vocab.txt").write_text("\n".join([*VOCABULARY, ""]))
+    golden = GOLDEN / "gram_tiny_ddp.pt"
+    model = shallow(load_torch(golden, gram_tiny()))
+    save_model(root / "model", model, loss_parameters=LossParameters.from_torch(read_state_dict(golden)))
+    return root

@@ -1,5 +1,6 @@
 """Converting from the command line."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 from flax import nnx
 
 from experiments.convert import BEATsFile, Convert, GramFile, JSONFile, main
+from experiments.usage import Usage, read_usage
 from gramjax.checkpoints import load_loss_parameters, load_model, load_torch, read_beats_config
+from gramjax.data.clips import MSRVTT
 from gramjax.models import gram_tiny, to_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,7 +33,10 @@ def test_a_file_that_says_what_it_holds_and_a_configuration_of_ones_own(tmp_path
 
 def test_a_whole_model(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(to_json(gram_tiny())))
-    main(Convert(GOLDEN / "gram_tiny_ddp.pt", tmp_path / "model", JSONFile(tmp_path / "tiny.json")))
+    options = Convert(GOLDEN / "gram_tiny_ddp.pt", tmp_path / "model", JSONFile(tmp_path / "tiny.json"))
+    main(dataclasses.replace(options, published="pmrl_msrvtt"))
+    usage = read_usage(tmp_path / "model")
+    assert usage == Usage(dataclasses.replace(MSRVTT, eval_frames=16), ("vision", "audio", "subtitle"))
     model = load_model(tmp_path / "model")
     assert model.config == gram_tiny()
     published = np.load(GOLDEN / "gram_tiny.npz")["sd/contra_head_d.linear.weight"]
@@ -41,6 +47,11 @@ def test_a_whole_model(tmp_path):
     with pytest.raises(ValueError, match=r"wrong shape: vision_encoder.visual.cls_token \(1, 1, 48\)"):
         main(Convert(GOLDEN / "gram_tiny_ddp.pt", tmp_path / "large", GramFile()))
     assert sorted(os.listdir(tmp_path)) == ["model", "tiny.json"]
+    with pytest.raises(ValueError, match=r"published must be one of gram_pretraining, .*, got gram"):
+        dataclasses.replace(options, published="gram")
+    (tmp_path / "model" / "clips.json").write_text('{"type": "Usage", "clips": 3}')
+    with pytest.raises(ValueError, match=r"clips.json does not say how a model reads clips: .* got 3"):
+        read_usage(tmp_path / "model")
 
 
 def test_errors_leave_the_destination_as_it_was(tmp_path):
@@ -48,6 +59,8 @@ def test_errors_leave_the_destination_as_it_was(tmp_path):
     (tmp_path / "there" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="destination must not exist unless --overwrite"):
         main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "there", BEATsFile()))
+    with pytest.raises(ValueError, match="published is of a whole model, got it for a BEATsConfig"):
+        main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "new", BEATsFile(), published="gram_msrvtt"))
     with pytest.raises(ValueError, match="no configuration of BEATs"):
         main(Convert(GOLDEN / "eva_tiny_fp16.pt", tmp_path / "there", BEATsFile(), overwrite=True))
     (tmp_path / "wrong.json").write_text(json.dumps({"type": "BERTConfig", "widht": 3}))

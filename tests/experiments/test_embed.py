@@ -96,9 +96,11 @@ def test_what_cannot_be_indexed_leaves_nothing(clip_index, tmp_path):
     fails(r"none of 1 clips can be read; the first: .*a\.mp4", clips=broken)
     fails("media must be a folder, got .*nowhere", clips=tmp_path / "nowhere")
     fails("No such file", model=tmp_path / "nowhere")
-    large = tmp_path / "large.txt"
-    large.write_text("\n".join([*clip_index.vocabulary.read_text().split(), *map(str, range(100))]))
-    fails("vocabulary must have at most the model's 97 tokens, got 112", vocabulary=large)
+    words = clip_index.vocabulary.read_text().split()
+    for tokens in (words[:-1], [*words, "more"]):
+        (tmp_path / "other.txt").write_text("\n".join(tokens))
+        message = rf"vocabulary must have the 97 tokens of the model, got {len(tokens)} in .*other\.txt"
+        fails(message, vocabulary=tmp_path / "other.txt")
     fails("path must be a vocab.txt", vocabulary=tmp_path / "nothing.txt")
     fails("eval_frames must be positive", frames=0)
     (tmp_path / "tower").mkdir()
@@ -106,7 +108,7 @@ def test_what_cannot_be_indexed_leaves_nothing(clip_index, tmp_path):
     fails("model must be a whole model with a GramConfig, got BEATsConfig", model=tmp_path / "tower")
     for changes in ({"clips": None}, {"emoji": True}, {"clips": None, "emoji": True}, {"audios": broken}):
         fails("--", **changes)
-    assert sorted(os.listdir(tmp_path)) == ["broken", "large.txt", "tower"]
+    assert sorted(os.listdir(tmp_path)) == ["broken", "other.txt", "tower"]
 
 
 def test_an_index_appears_whole_or_not_at_all(clip_index, tmp_path, monkeypatch):

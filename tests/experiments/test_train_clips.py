@@ -1,6 +1,7 @@
 """Training a released model on clips that are encoded here: it goes on bit for bit, and trains what it should."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -16,56 +17,19 @@ from flax import nnx
 from experiments import clip_task, train, validation
 from experiments.clip_config import PUBLISHED, ClipFiles, ClipTrainConfig, GramTerms, PMRLTerms
 from experiments.config import ConfigError, TrainConfig
+from experiments.usage import Usage, read_usage
 from gramjax.checkpoints import (
     export_torch,
     load_loss_parameters,
     load_model,
     load_torch,
-    read_state_dict,
     resize_frames,
     save_model,
 )
 from gramjax.data.clips import ClipConfig
-from gramjax.models import GramModel, LossParameters, gram_tiny, to_json
-from gramjax.training import MetricWriter, by_name, data_mesh, warmup_linear
-from tests.experiments.conftest import GOLDEN, WORDS, write_square
-
-NAMES = ("red", "blue", "green", "grey", "white", "mute")
-
-
-def shallow(model):
-    """The first layer of every tower, without dropout: compilation is what takes time here."""
-    off = {
-        "vision": {"drop_path_rate": 0.0},
-        "audio": {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "layer_drop_rate": 0.0},
-        "text": {"dropout_rate": 0.0, "attention_dropout_rate": 0.0},
-    }
-    config = model.config
-    config = replace(config, towers={name: replace(x, depth=1, **off[name]) for name, x in config.towers.items()})
-    result = nnx.eval_shape(lambda: GramModel(config, rngs=nnx.Rngs(0)))
-    kept = {path for path, _ in nnx.to_flat_state(nnx.state(result))}
-    nnx.update(result, nnx.from_flat_state([item for item in nnx.to_flat_state(nnx.state(model)) if item[0] in kept]))
-    return result
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("clips")
-    (root / "videos").mkdir()
-    for number, name in enumerate(NAMES):
-        colour = np.random.default_rng(number).integers(0, 256, 3)
-        write_square(root / f"videos/{name}.mp4", colour, 4, hertz=None if name == "mute" else 300 + 200 * number)
-    rows = [
-        {"id": name, "desc": f"a {name} square" if number else ["red beep", "talk"]}
-        for number, name in enumerate(NAMES)
-    ]
-    (root / "train.json").write_text(json.dumps(rows))
-    (root / "held_out.json").write_text(json.dumps(rows[:3]))
-    (root / "vocab.txt").write_text("\n".join([*WORDS, ""]))
-    golden = GOLDEN / "gram_tiny_ddp.pt"
-    model = shallow(load_torch(golden, gram_tiny()))
-    save_model(root / "model", model, loss_parameters=LossParameters.from_torch(read_state_dict(golden)))
-    return root
+from gramjax.models import gram_tiny, to_json
+from gramjax.training import MetricWriter, by_name, data_mesh, parameter_shardings, warmup_linear
+from tests.experiments.conftest import TRAINED_ON, WORDS
 
 
 def make_config(root, run_dir, **changes):
@@ -109,6 +73,11 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def root(training_clips):
+    return training_clips
+
+
+@pytest.fixture(scope="module")
 def uninterrupted(root, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +105,7 @@ def test_what_is_logged(uninterrupted):
 def test_what_clips_lack_is_named(uninterrupted):
     said = json.loads((uninterrupted / "train_clips.json").read_text())
     assert (said["rows"], said["clips"], said["dropped"]) == (6, 6, [])
-    every = list(NAMES)
+    every = list(TRAINED_ON)
     assert said["missing"] == {"caption": [], "vision": [], "audio": [], "subtitle": every, "depth": every}
     assert list(said["unreadable"]) == ["audio"]  # which was found while it was trained
     assert list(said["unreadable"]["audio"]) == ["mute"]
@@ -148,6 +117,9 @@ def test_the_exported_model_is_trained_where_it_should_be(root, uninterrupted, t
     before = resize_frames(load_model(root / "model"), {"vision": 2, "audio": 1})
     after = load_model(uninterrupted / "model")
     assert after.config == before.config
+    trained_on = make_config(root, tmp_path).clips
+    kept = replace(trained_on, modalities=("caption", "vision", "audio"))  # no clip has subtitles
+    assert read_usage(uninterrupted / "model") == Usage(kept, ("vision", "audio"))
     changes = {}
     names = jax.tree.leaves(by_name(nnx.state(before), str))
     for name, old, new in zip(
@@ -229,6 +201,39 @@ def test_divided_parameters_and_batches_do_not_change_it(root, tmp_path, monkeyp
     assert (tmp_path / "several" / "model").exists()
 
 
+def test_no_device_ever_holds_a_whole_parameter(root, tmp_path, monkeypatch):
+    """On the way from the file to the state at step 0, and of that neither parameters nor the optimizer's moments."""
+    rule = functools.partial(parameter_shardings, min_size=64)  # as if the small model were large
+    monkeypatch.setattr(clip_task, "parameter_shardings", rule)
+    mesh, loaded = data_mesh(), []
+
+    def load(path, **options):
+        loaded.append(load_model(path, **options))
+        return loaded[0]
+
+    def assert_divided(tree):
+        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(rule(tree, mesh)), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+            parts = {shard.data.size for shard in leaf.addressable_shards}
+            assert parts == {leaf.size if place.is_fully_replicated else leaf.size // 8}
+        sizes = dict.fromkeys((True, False), 0)
+        for leaf in jax.tree.leaves(tree):
+            sizes[leaf.sharding.is_fully_replicated] += leaf.size
+        assert sizes[True] < 0.05 * sizes[False]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_task, "load_model", load)
+        plan = clip_task.make_plan(make_config(root, tmp_path, shard_parameters=True), 4)
+        _, target, start, _ = clip_task.build(plan, mesh)
+        state = start()
+    assert_divided(nnx.state(loaded[0]))
+    assert_divided(state)
+    assert jax.tree.map(lambda leaf: leaf.sharding, target) == jax.tree.map(lambda leaf: leaf.sharding, state)
+    plan = clip_task.make_plan(make_config(root, tmp_path), 1)
+    _, _, start, _ = clip_task.build(plan, data_mesh(jax.devices()[:1]))
+    chex.assert_trees_all_equal(*(jax.device_get(dataclasses.replace(one, rng=0)) for one in (state, start())))
+
+
 def test_other_clips_in_the_same_directory_are_refused(root, uninterrupted, tmp_path):
     rows = json.loads((root / "train.json").read_text())
     (tmp_path / "other.json").write_text(json.dumps(rows[:5]))
@@ -243,6 +248,7 @@ def test_other_clips_in_the_same_directory_are_refused(root, uninterrupted, tmp_
         ({"batch_size": 8}, "batch_size must not exceed the 6 training clips, got 8"),
         ({"initialize": "nowhere"}, "nowhere"),
         ({"vocabulary": "nowhere"}, "path must be a vocab.txt"),
+        ({"vocabulary": "few.txt"}, "vocabulary must have the 97 tokens of the model, got 12 in .*few.txt"),
         ({"clips.image_size": 28}, "clips.image_size must be the model's 42, got 28"),
         ({"clips.caption_length": 70}, "clips.caption_length must be at most the model's 64, got 70"),
         ({"clips.modalities": ("caption", "subtitle"), "condition": ("subtitle",)}, "caption and another of"),
@@ -251,9 +257,9 @@ def test_other_clips_in_the_same_directory_are_refused(root, uninterrupted, tmp_
 )
 def test_what_does_not_fit_is_refused(root, tmp_path, change, message):
     own = {name.removeprefix("clips."): value for name, value in change.items() if name.startswith("clips.")}
-    rest = {
-        name: tmp_path / value if value == "nowhere" else value for name, value in change.items() if "." not in name
-    }
+    rest = {name: value for name, value in change.items() if "." not in name}
+    rest |= {name: tmp_path / value for name, value in rest.items() if isinstance(value, str)}
+    (tmp_path / "few.txt").write_text("\n".join(WORDS))
     config = make_config(root, tmp_path, **rest, clips=replace(make_config(root, tmp_path).clips, **own))
     with pytest.raises(ConfigError, match=message):
         clip_task.make_plan(config, 1)
