@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 LOSSES = """
 import importlib.util, sys
+from importlib.metadata import requires
 import jax
 import gramjax
 from gramjax import losses, metrics
@@ -23,6 +24,8 @@ for name in ("gram", "pmrl", "pairwise_infonce", "triangle", "symile"):
     value, gradient = jax.jit(jax.value_and_grad(loss))(z)
     assert jax.numpy.isfinite(value) and jax.numpy.all(jax.numpy.isfinite(gradient))
 assert 0 <= metrics.gram_alignment(z) <= 1
+core = sorted(line.split(">=")[0] for line in requires("gramjax") if "extra ==" not in line)
+assert [name.split("<")[0] for name in core] == ["einops", "jax", "jaxtyping"], core
 absent = [name for name in ("flax", "optax", "orbax", "grain", "tensorflow_datasets") if importlib.util.find_spec(name)]
 assert not absent, absent
 print("works")
