@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gramjax import scores
 from gramjax.streaming import contrastive_nll, sigmoid_nll
@@ -223,6 +224,29 @@ def test_the_axis_may_be_left_out_for_a_mesh_that_has_one(loss):
     batch = _batch()
     call = functools.partial(loss, scores.Volume(), scale=-10.0, **batch)
     np.testing.assert_allclose(call(mesh=jax.make_mesh((4,), ("rows",))), call(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [(contrastive_nll, AxisType.Auto), (functools.partial(sigmoid_nll, bias=0.0), AxisType.Explicit)],
+    ids=["softmax", "sigmoid"],
+)
+def test_items_beyond_the_queries_are_shared_among_devices(loss, kind):
+    """Query `i` keeps item `i`, although its part of the queries is not the same part of the items."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
+    batch = _cast(_batch(queries=8, items=20), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames=("mesh", "axis_name"))
+    def both(batch, **options):
+        def each(queries, gallery):
+            inputs = {**batch, "queries": queries, "gallery": gallery}
+            losses = loss(scores.Volume(), **inputs, scale=-10.0, reduction=None, **options)
+            return jnp.sum(losses), losses
+
+        return jax.grad(each, (0, 1), has_aux=True)(batch["queries"], batch["gallery"])
+
+    sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    _assert_close(both(sharded, mesh=mesh, axis_name=("data", "model")), both(batch), 2e-6)
 
 
 @pytest.mark.usefixtures("unchecked_signatures")
