@@ -195,15 +195,16 @@ def _round_the_ring(axis_name, visit, columns):
     """`visit(columns, shard)` for the columns of every device; results stacked in the order of the devices."""
     if axis_name is None:
         return jax.tree.map(lambda x: x[None], visit(columns, 0))
-    size, own = _devices.axis_size(axis_name), _devices.position(axis_name)
 
-    def step(columns, number):
-        result = visit(columns, (own - number) % size)
-        return _devices.shift(columns, axis_name), result
+    def step(carry, _):
+        # The number of the shard travels along: the ring need not follow the order of the devices.
+        columns, shard = carry
+        result = visit(columns, shard)
+        return _devices.shift(carry, axis_name), (shard, result)
 
-    columns = _devices.vary_over(columns, axis_name)
-    _, results = jax.lax.scan(step, columns, jnp.arange(size, dtype=jnp.int32))
-    order = (own - jnp.arange(size, dtype=jnp.int32)) % size
+    first = _devices.vary_over((columns, _devices.position(axis_name)), axis_name)
+    _, (shards, results) = jax.lax.scan(step, first, length=_devices.axis_size(axis_name))
+    order = jnp.argsort(shards)
     return jax.tree.map(lambda x: x[order], results)
 
 

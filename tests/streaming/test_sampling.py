@@ -117,6 +117,15 @@ def test_tiles_and_devices_do_not_change_the_negatives(draw, block_size, shape, 
     np.testing.assert_array_equal(again, expected)
 
 
+@pytest.mark.parametrize("axis_name", [("data", "model"), ("model", "data")], ids=str)
+def test_over_two_axes_of_a_mesh(axis_name):
+    """In the order of the mesh, and in the other, in which the ring is not in the order of the shards."""
+    queries, gallery, masks = _inputs(batch=24)
+    mesh = jax.make_mesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:6])
+    sample = functools.partial(sample_hard_negatives, jax.random.key(5), scores.Volume(), queries, gallery, **masks)
+    np.testing.assert_array_equal(sample(mesh=mesh, axis_name=axis_name), sample())
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     queries, gallery, masks = _inputs(batch=24)

@@ -211,6 +211,17 @@ def test_divided_over_a_mesh(shape, names, kind):
         np.testing.assert_array_equal(ranks_again, ranks)
 
 
+@pytest.mark.parametrize("axis_name", [("data", "model"), ("model", "data")], ids=str)
+def test_divided_over_two_axes_of_a_mesh(axis_name):
+    mesh = _mesh((2, 3), ("data", "model"), AxisType.Auto)
+    queries, gallery, where = _inputs(items=23)
+    options = {"gallery_where": where, "mesh": mesh, "axis_name": axis_name}
+    _, order = streamed_top_k(scores.Volume(), queries, gallery, 9, **options)
+    np.testing.assert_array_equal(order, _brute(scores.Volume(), queries, gallery, where, 9)[1])
+    ranks = streamed_ranks(scores.Volume(), queries, gallery, **options)
+    np.testing.assert_array_equal(ranks, streamed_ranks(scores.Volume(), queries, gallery, gallery_where=where))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     mesh = _mesh((4,), ("data",), AxisType.Auto)
