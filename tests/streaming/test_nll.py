@@ -102,6 +102,17 @@ def test_items_beyond_the_queries_are_negatives_only(block_size, symmetric, x64)
         np.testing.assert_allclose(losses[i], expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("items", [0, 3])
+@pytest.mark.parametrize("loss", [contrastive_nll, functools.partial(sigmoid_nll, bias=0.0)])
+def test_no_queries_have_no_loss(loss, items):
+    def total(queries, gallery):
+        return loss(scores.Cosine(), queries, gallery, scale=2.0, block_size=4)
+
+    value, gradients = jax.jit(jax.value_and_grad(total, (0, 1)))(jnp.ones((0, 4)), jnp.ones((items, 2, 4)))
+    assert value == 0
+    np.testing.assert_array_equal(gradients[1], np.zeros((items, 2, 4)))
+
+
 @pytest.mark.parametrize("block_size", [None, 3])
 def test_a_small_loss_keeps_its_digits(block_size):
     """One positive far above the negatives: the loss is about 5e-10, far below the rounding of its logits' sum."""
