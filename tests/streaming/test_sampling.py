@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gramjax import scores
-from gramjax.streaming import sample_hard_negatives
+from gramjax.streaming import rowwise, sample_hard_negatives
 from tests import reference
 
 directions = pytest.mark.parametrize("draw", ["items", "queries"])
@@ -114,6 +114,16 @@ def test_tiles_and_devices_do_not_change_the_negatives(draw, block_size, shape, 
     again = sample_hard_negatives(
         key, scores.Volume(), queries, gallery, block_size=20, mesh=mesh, axis_name="data", **options, **masks
     )
+    np.testing.assert_array_equal(again, expected)
+
+
+@directions
+def test_many_blocks_of_rows(draw, monkeypatch):
+    queries, gallery, masks = _inputs(batch=53)
+    key, options = jax.random.key(1), {"draw": draw, "temperature": 0.2, **masks}
+    expected = sample_hard_negatives(key, scores.Volume(), queries, gallery, **options)
+    monkeypatch.setattr(rowwise, "_tile_shape", lambda rows, columns, block_size: (20, block_size))
+    again = sample_hard_negatives(key, scores.Volume(), queries, gallery, block_size=33, **options)
     np.testing.assert_array_equal(again, expected)
 
 
