@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 AxisName = str | tuple[str, ...]
-_Loss = TypeVar("_Loss", bound=Callable[..., Array])
+_Loss = TypeVar("_Loss", bound=Callable[..., Array | tuple[Array, ...]])
 
 
 def axis_size(axis_name: AxisName | None) -> int:
