@@ -89,10 +89,14 @@ def _tracked(axis_name: AxisName) -> bool:
 
 
 def shift(tree: Any, axis_name: AxisName) -> Any:
-    """Every device's arrays to the next device of the ring."""
+    """Every device's arrays to the next device of a ring; over several axes it may follow another order than theirs."""
     size = axis_size(axis_name)
     if size == 1:
         return tree
+    # Of several axes `ppermute` numbers the devices in the order of the mesh, and wants them named in that order.
+    order = jax.sharding.get_abstract_mesh().axis_names
+    if not isinstance(axis_name, str) and set(axis_name) <= set(order):
+        axis_name = tuple(sorted(axis_name, key=order.index))
     steps = [(device, (device + 1) % size) for device in range(size)]
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, steps), tree)
 

@@ -316,7 +316,7 @@ def test_items_beyond_the_queries_are_shared_among_devices(loss, score, kind):
         return jax.grad(each, (0, 1), has_aux=True)(batch["queries"], batch["gallery"])
 
     sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    _assert_close(both(sharded, mesh=mesh, axis_name=("data", "model")), both(batch), 2e-6)
+    _assert_close(both(sharded, mesh=mesh, axis_name=("model", "data")), both(batch), 2e-6)
 
 
 @pytest.mark.usefixtures("unchecked_signatures")
