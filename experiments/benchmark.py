@@ -36,7 +36,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import figures
 from gramjax import linalg, losses
 from gramjax.scores import volume_scores
-from gramjax.streaming import softmax_nll
+from gramjax.streaming.nll import softmax_nll
 
 TEMPERATURE = 0.07
 EXACT = jax.lax.Precision.HIGHEST

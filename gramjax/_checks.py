@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
@@ -105,6 +106,15 @@ def positive(name: str, value, dtype) -> Array:
     return scalar
 
 
+def between(name: str, value, least: float, most: float | None, dtype) -> Array:
+    """`value` as a scalar of `dtype`, from `least` to `most` (None: any more); checked when the value is concrete."""
+    scalar = real_scalar(name, value, dtype)
+    if not isinstance(value, Tracer) and not least <= float(value) <= (math.inf if most is None else most):
+        needed = f"at least {least:g}" if most is None else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{name} must be {needed}, got {float(value)}.")
+    return scalar
+
+
 def real_scalar(name: str, value, dtype) -> Array:
     """`value` as a scalar of `dtype`."""
     array = as_array(name, value)
@@ -120,6 +130,10 @@ def random_key(name: str, value) -> Array:
     dtype = getattr(value, "dtype", None)
     if dtype is None or not (dtype == jnp.uint32 or jnp.issubdtype(dtype, dtypes.prng_key)):
         raise TypeError(f"{name} must be a random key from jax.random.key, got {type(value).__name__}.")
+    # An old key is an array of the words that the default generator takes.
+    shape = jax.eval_shape(jax.random.PRNGKey, 0).shape if dtype == jnp.uint32 else ()
+    if value.shape != shape:
+        raise ValueError(f"{name} must be one random key, got an array of dtype {dtype} and shape {value.shape}.")
     return value
 
 

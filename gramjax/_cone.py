@@ -20,14 +20,14 @@ class Faces(NamedTuple):
     """Combinations of generators (`_members`), each with its triangle, `x_l = sum_j triangle[j, l] q_j`."""
 
     triangles: Array  # [n, face, m, m], zero rows and columns for what is not in the face
-    valid: Array  # [n, face]: 1 where all generators are there, and told apart
+    valid: Array  # [n, face] bool: all generators are there, and told apart
 
 
 class Generators(NamedTuple):
     """An item's modalities as directions (0 where there is none), their products, and the faces of their cone."""
 
     directions: tuple[Array, ...]  # m of [n, d]
-    present: tuple[Array, ...]  # m of [n]: 1 or 0 (not bool: what tiles carry home of it must have its dtype)
+    present: tuple[Array, ...]  # m of [n] bool
     gram: Array  # [n, m, m]
     faces: Faces
 
@@ -70,8 +70,7 @@ class Cone:
         unit = x * jnp.where(present, 1.0 / jnp.where(present, length, 1.0), 0.0)[..., None]
         gram = jnp.einsum("nad,nbd->nab", unit, unit, precision=jax.lax.Precision.HIGHEST)
         faces = _faces(jax.lax.stop_gradient(unit), present)
-        there = present.astype(unit.dtype)
-        return Generators(tuple(unit[:, l] for l in range(m)), tuple(there[:, l] for l in range(m)), gram, faces)
+        return Generators(tuple(unit[:, l] for l in range(m)), tuple(present[:, l] for l in range(m)), gram, faces)
 
     def tile(self, queries, prepared):
         """`[q, d]`, n items -> `[q, n]`: one matrix product for each modality."""
@@ -104,7 +103,7 @@ def _faces(unit: Array, present: Array) -> Faces:
     # Generators closer to dependent than this leave a face so narrow that its edges stand for it, to rounding.
     narrow = 2.0 * float(jnp.finfo(unit.dtype).eps) ** 0.5
     apart = (jnp.diagonal(triangles, axis1=2, axis2=3) > narrow) & present[:, None]
-    return Faces(triangles, jnp.all(apart | ~members[None], axis=2).astype(unit.dtype))
+    return Faces(triangles, jnp.all(apart | ~members[None], axis=2))
 
 
 @jax.custom_jvp
@@ -130,14 +129,13 @@ def _nearest_jvp(primals, tangents):
 def _solve(products: tuple[Array, ...], present: tuple[Array, ...], faces: Faces):
     """The score, and the weights of the generators in the nearest unit direction."""
     m = len(products)
-    exists = [there > 0 for there in present]
-    score = functools.reduce(jnp.maximum, [jnp.where(there, c, -jnp.inf) for there, c in zip(exists, products)])
+    score = functools.reduce(jnp.maximum, [jnp.where(there, c, -jnp.inf) for there, c in zip(present, products)])
     weights, taken = [], jnp.zeros(score.shape, bool)
-    for there, c in zip(exists, products):
+    for there, c in zip(present, products):
         first = there & (c == score) & ~taken
         weights.append(first.astype(score.dtype))
         taken |= first
-    score = jnp.where(functools.reduce(jnp.logical_or, exists), score, 0.0)
+    score = jnp.where(functools.reduce(jnp.logical_or, present), score, 0.0)
 
     def try_face(best, face):
         score, weights = best
@@ -148,7 +146,7 @@ def _solve(products: tuple[Array, ...], present: tuple[Array, ...], faces: Faces
         return (jnp.where(better, length, score), weights), None
 
     # The faces of two or three generators are written out; of more, a loop keeps code and working memory small.
-    each = (jnp.moveaxis(faces.triangles, -3, 0), jnp.moveaxis(faces.valid > 0, -1, 0), jnp.asarray(_members(m)))
+    each = (jnp.moveaxis(faces.triangles, -3, 0), jnp.moveaxis(faces.valid, -1, 0), jnp.asarray(_members(m)))
     return jax.lax.scan(try_face, (score, weights), each, unroll=m <= 3)[0]
 
 

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 AxisName = str | tuple[str, ...]
-_Loss = TypeVar("_Loss", bound=Callable[..., Array])
+_Loss = TypeVar("_Loss", bound=Callable[..., Array | tuple[Array, ...]])
 
 
 def axis_size(axis_name: AxisName | None) -> int:
@@ -89,10 +89,14 @@ def _tracked(axis_name: AxisName) -> bool:
 
 
 def shift(tree: Any, axis_name: AxisName) -> Any:
-    """Every device's arrays to the next device of the ring."""
+    """Every device's arrays to the next device of a ring; over several axes it may follow another order than theirs."""
     size = axis_size(axis_name)
     if size == 1:
         return tree
+    # Of several axes `ppermute` numbers the devices in the order of the mesh, and wants them named in that order.
+    order = jax.sharding.get_abstract_mesh().axis_names
+    if not isinstance(axis_name, str) and set(axis_name) <= set(order):
+        axis_name = tuple(sorted(axis_name, key=order.index))
     steps = [(device, (device + 1) % size) for device in range(size)]
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, steps), tree)
 
@@ -101,7 +105,9 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
     """Gives a loss with the keywords `axis_name`, `mesh` and `reduction` its form for global arrays.
 
     Called with `mesh`, the loss runs inside `jax.shard_map` over the whole mesh: the arguments named in `divided` are
-    divided along their first axis over `axis_name`, all other arrays are the same everywhere.
+    divided along their first axis over `axis_name`, all other arrays are the same everywhere. Entry `i` of each belongs
+    to entry `i` of the first, on one device then. Of an array that is longer than the first, what goes beyond is
+    divided by itself, and each device has its share of it at the end.
     """
 
     def decorate(loss: _Loss) -> _Loss:
@@ -124,11 +130,17 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
             # A scalar that is known stays known inside, so that it is checked there.
             given = {name: np.asarray(x) if _is_known_scalar(x) else x for name, x in given.items()}
             arrays = {name: given.pop(name) for name in list(given) if isinstance(given[name], jax.Array)}
-            whole = PartitionSpec(axis_name) if given.get("reduction", "mean") is None else PartitionSpec()
-            return run_on(
-                mesh, lambda batched, arrays: loss(**given, **batched, **arrays, axis_name=axis_name),
-                (batched, arrays), (PartitionSpec(axis_name), PartitionSpec()), whole,
-            )  # fmt: skip
+            spec = PartitionSpec(axis_name)
+            whole = spec if given.get("reduction", "mean") is None else PartitionSpec()
+            size = batched[divided[0]].shape[0]
+            batched = _on_mesh(mesh, batched, spec)
+            parts = {name: jnp.split(x, [size] if len(x) > size else []) for name, x in batched.items()}
+
+            def body(parts, arrays):
+                batched = {name: jnp.concatenate(x) for name, x in parts.items()}
+                return loss(**given, **batched, **arrays, axis_name=axis_name)
+
+            return run_on(mesh, body, (parts, arrays), (spec, PartitionSpec()), whole)
 
         return wrapped  # pyright: ignore[reportReturnType]
 
@@ -143,9 +155,13 @@ def _is_known_scalar(x: Any) -> bool:
 
 def run_on(mesh: Mesh, body: Callable, operands: tuple, specs: tuple[PartitionSpec, ...], out_specs: Any) -> Any:
     """`body(*operands)` inside `jax.shard_map`, with one spec for all arrays of an operand."""
-    if AxisType.Explicit in mesh.axis_types:
-        operands = tuple(jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs))
+    operands = tuple(_on_mesh(mesh, x, spec) for x, spec in zip(operands, specs))
     return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out_specs)(*operands)
+
+
+def _on_mesh(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
+    """Explicit axes do not move arrays by themselves."""
+    return jax.reshard(tree, NamedSharding(mesh, spec)) if AxisType.Explicit in mesh.axis_types else tree
 
 
 def axis_of(mesh: Mesh, axis_name: AxisName | None) -> tuple[AxisName, int]:

@@ -65,7 +65,8 @@ class Index:
     @property
     def dtype(self) -> Any:
         """In which scores are computed."""
-        return jax.tree.leaves(self.prepared)[0].dtype
+        leaves = jax.tree.leaves(self.prepared)
+        return next(leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def build_index(

@@ -43,7 +43,11 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 @runtime_checkable
 class Score(Protocol):
-    """How well queries match items; `prepare` returns a pytree whose arrays all have the items as leading axis."""
+    """How well queries match items.
+
+    `prepare` returns a pytree whose arrays all have the items as leading axis; derivatives go through those of a
+    floating-point dtype.
+    """
 
     @property
     def higher_is_better(self) -> bool:

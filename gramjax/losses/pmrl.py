@@ -14,7 +14,6 @@ from gramjax.scores import HIGHEST, Cosine
 from gramjax.streaming import contrastive_nll
 
 
-@over_mesh("embeddings", "where", "weights", "ids")
 def pmrl_loss(
     embeddings: Float[Array, "batch modality dim"],
     *,
@@ -60,17 +59,39 @@ def pmrl_loss(
     >>> round(float(pmrl_loss(z, regularization_temperature=1.0)), 6)  # 0 + log(1 + exp(-1))
     0.313262
     """
+    alignment, regularization = pmrl_terms(
+        embeddings, alignment_temperature=alignment_temperature, regularization_temperature=regularization_temperature,
+        where=where, weights=weights, ids=ids, reduction=reduction, block_size=block_size, axis_name=axis_name,
+        mesh=mesh, precision=precision,
+    )  # fmt: skip
+    weight = _checks.real_scalar("regularization_weight", regularization_weight, alignment.dtype)
+    return alignment + weight * regularization
+
+
+@over_mesh("embeddings", "where", "weights", "ids")
+def pmrl_terms(
+    embeddings: Float[Array, "batch modality dim"],
+    *,
+    alignment_temperature: ArrayLike = 0.05,
+    regularization_temperature: ArrayLike = 0.1,
+    where: Bool[Array, "batch modality"] | None = None,
+    weights: Array | None = None,
+    ids: Array | None = None,
+    reduction: Reduction = "mean",
+    block_size: int | None = None,
+    axis_name: AxisName | None = None,
+    mesh: Mesh | None = None,
+    precision: jax.lax.PrecisionLike = HIGHEST,
+) -> tuple[Array, Array]:
+    """`alignment_loss` and `direction_regularization` from one spectrum; the arguments are those of `pmrl_loss`."""
     del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)
     alignment_temperature = _checks.positive("alignment_temperature", alignment_temperature, z.dtype)
     regularization_temperature = _checks.positive("regularization_temperature", regularization_temperature, z.dtype)
-    weight = _checks.real_scalar("regularization_weight", regularization_weight, z.dtype)
     values, directions = linalg.spectrum(z)
-    alignment = _align(values, where, alignment_temperature, weights, reduction, axis_name)
-    apart = _separate(
+    return _align(values, where, alignment_temperature, weights, reduction, axis_name), _separate(
         directions, where, regularization_temperature, weights, ids, reduction, block_size, axis_name, precision
     )
-    return alignment + weight * apart
 
 
 @over_mesh("embeddings", "where", "weights")

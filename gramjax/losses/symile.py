@@ -9,7 +9,7 @@ from gramjax import _checks, _reduction
 from gramjax._embeddings import check_embeddings, split_anchor
 from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Multilinear
-from gramjax.streaming import softmax_nll
+from gramjax.streaming.nll import softmax_nll
 
 
 def symile_loss(

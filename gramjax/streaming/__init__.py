@@ -1,6 +1,6 @@
 """How scores are reduced: to losses over a batch, to the best items, to ranks and to draws, for any score."""
 
-from gramjax.streaming.nll import contrastive_nll, sigmoid_nll, softmax_nll
+from gramjax.streaming.nll import contrastive_nll, sigmoid_nll
 from gramjax.streaming.sampling import sample_hard_negatives
 from gramjax.streaming.search import streamed_ranks, streamed_top_k
 
@@ -8,7 +8,6 @@ __all__ = [
     "contrastive_nll",
     "sample_hard_negatives",
     "sigmoid_nll",
-    "softmax_nll",
     "streamed_ranks",
     "streamed_top_k",
 ]

@@ -70,7 +70,8 @@ class Reduced(NamedTuple):
 
 def reduce(plan: Plan, rows: Side, columns: Side, scalars: Scalars) -> Reduced:
     """Reduces the logits of every row with every column, and scores the matched ones."""
-    if plan.tile is None and plan.axis_name is None:
+    # Of no rows there are no tiles.
+    if not rows.ids.shape[0] or (plan.tile is None and plan.axis_name is None):
         return _at_once(plan, rows, columns, scalars)
     axes = _devices.varying((rows, columns, scalars))
     if plan.axis_name is not None:

@@ -39,14 +39,27 @@ def put(tree: Any, part: Any, start: Int[Array, ""]) -> Any:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part)
 
 
+# Cotangents. Of what is no real number (a mask, an index) there is none, and None stands for it: JAX has arrays of a
+# dtype of its own there, which no loop can carry.
+
+
 def add(tree: Any, part: Any, start: Int[Array, ""], size: int) -> Any:
-    """Every array with `part` added in its place."""
-    return put(tree, jax.tree.map(jnp.add, cut(tree, start, size), part), start)
+    """Every cotangent with `part` added in its place."""
+    return put(tree, jax.tree.map(jnp.add, cut(tree, start, size), of_reals(part)), start)
 
 
 def zeros(tree: Any) -> Any:
-    """Zeros like every array, varying over the same devices."""
-    return jax.tree.map(lambda x: vary_over(jnp.zeros(x.shape, x.dtype), varying(x)), tree)
+    """Cotangents of 0 of every array, varying over the same devices."""
+    return jax.tree.map(lambda x: vary_over(jnp.zeros(x.shape, x.dtype), varying(x)) if _is_real(x) else None, tree)
+
+
+def of_reals(cotangents: Any) -> Any:
+    """What JAX gives and takes as cotangents, in the form of `zeros`."""
+    return jax.tree.map(lambda x: x if _is_real(x) else None, cotangents)
+
+
+def _is_real(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def item_by_item(function: Callable, size: int, inputs: Any, fixed: Any = ()) -> Any:
@@ -82,21 +95,21 @@ def _forward(function, size, inputs, fixed):
 
 def _backward(function, size, residuals, cotangents):
     inputs, fixed = residuals
-    return pull_item_by_item(function, size, inputs, fixed, cotangents), None
+    return pull_item_by_item(function, size, inputs, fixed, of_reals(cotangents)), None
 
 
 _item_by_item.defvjp(_forward, _backward)
 
 
 def pull_item_by_item(function: Callable, size: int, inputs: Any, fixed: Any, cotangents: Any) -> Any:
-    """Cotangents of the inputs of `item_by_item`, from those of what it returns."""
+    """Cotangents of the inputs of `item_by_item`, from those of what it returns, both in the form of `zeros`."""
     items = jax.tree.leaves(inputs)[0].shape[0]
 
     def body(i, gradients):
         start, _ = window(i, items, size)
         part, unchanged, received = cut((inputs, fixed, cotangents), start, size)
-        _, pull = jax.vjp(lambda part: function(part, unchanged), part)
-        return put(gradients, pull(received)[0], start)
+        _, pull = jax.vjp(lambda part: of_reals(function(part, unchanged)), part)
+        return put(gradients, of_reals(pull(received)[0]), start)
 
     size = min(size, items)
     return jax.lax.fori_loop(0, number(items, size), body, zeros(inputs))

@@ -18,15 +18,19 @@ Across devices. A loss is the loss of the whole batch, not the mean of losses of
 
 - `jax.grad` outside `jax.shard_map`, or inside of it: call the loss in the mapped function with `axis_name`, the axis
   along which the batch is divided, each device with its own examples. `reduction="mean"` and `"sum"` give the same
-  number on every device, `None` the losses of the device's own examples.
+  number on every device, `None` the losses of the device's own examples. What is said of items and queries holds on
+  each device: its item `i` is the match of its query `i`, and what it has more items are negatives only, for the
+  queries of all devices.
 - inside `shard_map` with `check_vma=True` (the default), JAX sums the gradient of what is the same on all devices
   (temperature, parameters of an encoder) by itself. With `check_vma=False`, and in `pmap`, it does not: each device
   gets the gradient with respect to its own copy, and the sum of them over the devices (`psum`, not `pmean`) is the
   gradient. For the device's embeddings it is complete in either case.
-- `jax.grad` *outside* of a `shard_map` with `check_vma=False` is the one form that is not served: JAX then hands each
-  device a part of the cotangent of a number that is the same on all, which cannot be told from the whole. Keep
-  `check_vma=True`, or return `reduction=None` from the mapped function and average outside.
-- global arrays under plain `jit`: pass `mesh` and `axis_name`; the loss enters `shard_map` by itself.
+- `jax.grad` *outside* of a `shard_map` with `check_vma=False`, or of a `pmap`, is the one form that is not served: JAX
+  then hands each device a part of the cotangent of a number that is the same on all, which cannot be told from the
+  whole, and the gradient comes out divided by the number of devices. Keep `check_vma=True`, or return `reduction=None`
+  from the mapped function and average outside.
+- global arrays under plain `jit`: pass `mesh` and `axis_name`; the loss enters `shard_map` by itself. Item `i` is the
+  match of query `i` of the whole batch. Both numbers, of queries and of items, must divide by that of the devices.
 
 The columns of the score matrix travel round the devices, each of which keeps its rows, so a device needs memory for
 its share of the batch only. `ids` must be comparable across devices; without `ids` all examples differ.

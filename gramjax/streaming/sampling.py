@@ -28,8 +28,8 @@ def sample_hard_negatives(
     *,
     draw: Literal["items", "queries"] = "items",
     temperature: ArrayLike = 0.07,
-    uniform_share: float = 0.1,
-    floor: float | None = None,
+    uniform_share: ArrayLike = 0.1,
+    floor: ArrayLike | None = None,
     query_where: Bool[Array, " batch"] | None = None,
     gallery_where: Bool[Array, "batch modality"] | None = None,
     ids: Int[Array, " batch"] | None = None,
@@ -59,9 +59,9 @@ def sample_hard_negatives(
       gallery: `[batch, m, d]`; item `i` matches query `i` and is never its negative.
       draw: "items", a negative item for each query, or "queries", a negative query for each item.
       temperature: positive scalar, in units of the score. May be traced.
-      uniform_share: probability of a uniform draw, in [0, 1].
+      uniform_share: probability of a uniform draw, in [0, 1]. May be traced.
       floor: the published rule instead of `uniform_share`: this is added to each probability of the softmax over all
-        candidates, the positive included, and then the positive is left out. At least 0.
+        candidates, the positive included, and then the positive is left out. At least 0. May be traced.
       query_where: `[batch]` bool, which queries are present; default all.
       gallery_where: `[batch, m]` bool, which modalities of the items are present; default all.
       ids: `[batch]` integers; examples with equal ids are never each other's negatives; default all different.
@@ -96,10 +96,9 @@ def sample_hard_negatives(
     key = _threefry(_checks.random_key("key", key))
     if draw not in ("items", "queries"):
         raise ValueError(f'draw must be "items" or "queries", got {draw!r}.')
-    if not 0.0 <= uniform_share <= 1.0:
-        raise ValueError(f"uniform_share must be in [0, 1], got {uniform_share}.")
-    if floor is not None and not floor >= 0.0:
-        raise ValueError(f"floor must be at least 0, got {floor}.")
+    even = _checks.between("uniform_share", uniform_share, 0.0, 1.0, queries.dtype)
+    if floor is not None:
+        even = _checks.between("floor", floor, 0.0, None, queries.dtype)
     if ids is not None:
         ids = _checks.ids("ids", ids, batch)
     block_size, axis_name, devices = rowwise.check_place(block_size, axis_name, mesh)
@@ -109,7 +108,6 @@ def sample_hard_negatives(
             f"shape {queries.shape}."
         )
     plan = _Plan(score, draw, floor is not None, block_size, axis_name, mesh)
-    even = jnp.asarray(uniform_share if floor is None else floor, queries.dtype)
     examples = jnp.where(query_where[:, None], queries, 0.0), gallery, query_where, where, ids
     return _sample(plan, key, (temperature, even), jax.lax.stop_gradient(examples))
 
@@ -195,15 +193,16 @@ def _round_the_ring(axis_name, visit, columns):
     """`visit(columns, shard)` for the columns of every device; results stacked in the order of the devices."""
     if axis_name is None:
         return jax.tree.map(lambda x: x[None], visit(columns, 0))
-    size, own = _devices.axis_size(axis_name), _devices.position(axis_name)
 
-    def step(columns, number):
-        result = visit(columns, (own - number) % size)
-        return _devices.shift(columns, axis_name), result
+    def step(carry, _):
+        # The number of the shard travels along: the ring need not follow the order of the devices.
+        columns, shard = carry
+        result = visit(columns, shard)
+        return _devices.shift(carry, axis_name), (shard, result)
 
-    columns = _devices.vary_over(columns, axis_name)
-    _, results = jax.lax.scan(step, columns, jnp.arange(size, dtype=jnp.int32))
-    order = (own - jnp.arange(size, dtype=jnp.int32)) % size
+    first = _devices.vary_over((columns, _devices.position(axis_name)), axis_name)
+    _, (shards, results) = jax.lax.scan(step, first, length=_devices.axis_size(axis_name))
+    order = jnp.argsort(shards)
     return jax.tree.map(lambda x: x[order], results)
 
 

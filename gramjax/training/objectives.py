@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from gramjax import losses, stack_modalities
+from gramjax.losses.pmrl import pmrl_terms
 from gramjax.models import GramModel, LossParameters
 from gramjax.scores import Cosine, Score, Volume
 from gramjax.streaming import sample_hard_negatives
@@ -152,11 +153,13 @@ def pmrl_objective(
     encoded = _encode(model, batch, rngs, anchor, condition if matching_weight else ())
     temperature = jnp.asarray(loss_parameters.temperature)
     ids = _ids(batch)
-    alignment = losses.alignment_loss(
-        encoded.embeddings, temperature=alignment_temperature, where=encoded.where, mesh=mesh
-    )
-    regularization = losses.direction_regularization(
-        encoded.embeddings, temperature=regularization_temperature, where=encoded.where, ids=ids, mesh=mesh
+    alignment, regularization = pmrl_terms(
+        encoded.embeddings,
+        alignment_temperature=alignment_temperature,
+        regularization_temperature=regularization_temperature,
+        where=encoded.where,
+        ids=ids,
+        mesh=mesh,
     )
     loss = alignment + regularization_weight * regularization
     metrics = {"loss/alignment": alignment, "loss/regularization": regularization, "temperature": temperature}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gramjax import scores
-from gramjax.streaming import contrastive_nll, sigmoid_nll
+from gramjax import losses, scores
+from gramjax.streaming import _engine, contrastive_nll, nll, sigmoid_nll
 from tests import jaxprs, reference
 
 
@@ -25,6 +26,27 @@ def _batch(queries=24, items=24, m=2, d=8, seed=0):
         "weights": jnp.asarray(rng.random(queries)),
         "ids": jnp.asarray(rng.integers(0, 2 * items, items)),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Distance:
+    """A score that gramjax does not have: minus the distance to the farthest modality, which has no matrix product."""
+
+    higher_is_better = True
+
+    def usable(self, where):
+        return jnp.any(where, axis=-1)
+
+    def prepare(self, gallery, where):
+        return {"items": gallery, "where": where}
+
+    def tile(self, queries, prepared):
+        squares = jnp.sum(jnp.square(queries[:, None, None] - prepared["items"][None]), axis=-1)
+        return -jnp.max(jnp.where(prepared["where"][None], squares, 0.0), axis=-1)
+
+    def pairs(self, queries, prepared):
+        squares = jnp.sum(jnp.square(queries[:, None] - prepared["items"]), axis=-1)
+        return -jnp.max(jnp.where(prepared["where"], squares, 0.0), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("score", "block_size", "detach"))
@@ -79,6 +101,49 @@ def test_detached_candidates_in_tiles(x64):
     assert not np.allclose(tiled[1], exact[1])
 
 
+@pytest.mark.parametrize(
+    ("score", "detach"), [(scores.Volume(), False), (_Distance(), False), (scores.Cosine(), True)], ids=str
+)
+def test_more_items_than_are_prepared_and_matched_at_a_time(score, detach, x64, monkeypatch):
+    batch = _batch(m=1 if detach else 2)
+    whole = _value_and_gradients(batch, 10.0, score, None, detach=detach)
+    for module in (_engine, nll):
+        monkeypatch.setattr(module, "ITEMS", 7)
+    again = jax.jit(functools.partial(_value_and_gradients.__wrapped__, score=score, block_size=5, detach=detach))
+    _assert_close(again(batch, 10.0), whole, 1e-12)
+
+
+def _softmax(logits, axis):
+    exponentials = np.exp(logits - logits.max(axis, keepdims=True))
+    return exponentials / exponentials.sum(axis, keepdims=True)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    devices=st.sampled_from([1, 2, 4]), queries=st.integers(1, 3), extra=st.integers(0, 2), block_size=st.integers(1, 9)
+)
+def test_any_sizes(devices, queries, extra, block_size):
+    """Value and gradients of InfoNCE in float64, by the formula for its whole matrix."""
+    size, total, scale = devices * queries, devices * (queries + extra), 5.0
+    batch = _batch(queries=size, items=total, m=1)
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices]) if devices > 1 else None
+    loss = functools.partial(contrastive_nll, scores.Cosine(), scale=scale, block_size=block_size, mesh=mesh)
+    q, x = batch["queries"].astype(jnp.float32), batch["gallery"].astype(jnp.float32)
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(q, x)
+
+    q, x = np.float64(q), np.float64(x[:, 0])
+    rows, columns = (_softmax(scale * q @ x.T, axis) for axis in (1, 0))
+    matched = np.arange(size)
+    np.testing.assert_allclose(
+        value, -0.5 * np.mean(np.log(rows[matched, matched]) + np.log(columns[matched, matched])), rtol=1e-5, atol=1e-6
+    )
+    pulled = (
+        0.5 * scale / size * (rows - np.eye(size, total) + (columns - np.eye(size, total)) * (np.arange(total) < size))
+    )
+    np.testing.assert_allclose(gradients[0], pulled @ x, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(gradients[1][:, 0], pulled.T @ q, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_items_beyond_the_queries_are_negatives_only(block_size, symmetric, x64):
@@ -99,6 +164,17 @@ def test_items_beyond_the_queries_are_negatives_only(block_size, symmetric, x64)
             expected = 0.5 * (expected + reference.softmax_nll(logits[i, i], backward, 0.1))
         expected = expected * batch["weights"][i] if here[i] and usable[i] else 0.0
         np.testing.assert_allclose(losses[i], expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("items", [0, 3])
+@pytest.mark.parametrize("loss", [contrastive_nll, functools.partial(sigmoid_nll, bias=0.0)])
+def test_no_queries_have_no_loss(loss, items):
+    def total(queries, gallery):
+        return loss(scores.Cosine(), queries, gallery, scale=2.0, block_size=4)
+
+    value, gradients = jax.jit(jax.value_and_grad(total, (0, 1)))(jnp.ones((0, 4)), jnp.ones((items, 2, 4)))
+    assert value == 0
+    np.testing.assert_array_equal(gradients[1], np.zeros((items, 2, 4)))
 
 
 @pytest.mark.parametrize("block_size", [None, 3])
@@ -168,27 +244,6 @@ def test_half_precision_is_accumulated_in_float32():
     np.testing.assert_allclose(value, jax.jit(loss)(wide["queries"], wide["gallery"]), rtol=1e-6)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Distance:
-    """A score that gramjax does not have: minus the distance to the farthest modality, which has no matrix product."""
-
-    higher_is_better = True
-
-    def usable(self, where):
-        return jnp.any(where, axis=-1)
-
-    def prepare(self, gallery, where):
-        return {"items": gallery, "where": where.astype(gallery.dtype)}
-
-    def tile(self, queries, prepared):
-        squares = jnp.sum(jnp.square(queries[:, None, None] - prepared["items"][None]), axis=-1)
-        return -jnp.max(squares * prepared["where"][None], axis=-1)
-
-    def pairs(self, queries, prepared):
-        squares = jnp.sum(jnp.square(queries[:, None] - prepared["items"]), axis=-1)
-        return -jnp.max(squares * prepared["where"], axis=-1)
-
-
 def test_a_score_from_outside_needs_nothing_but_the_protocol(x64):
     batch = _batch()
     whole = _value_and_gradients(batch, 2.0, _Distance(), None)
@@ -207,6 +262,18 @@ def test_nothing_of_the_size_of_the_score_matrix_is_ever_held():
     assert max(np.prod(shape) for shape in shapes) <= z.size
 
 
+@pytest.mark.parametrize(
+    "loss", [losses.gram_loss, losses.pmrl_loss, losses.pairwise_infonce_loss], ids=lambda loss: loss.__name__
+)
+def test_large_batches_are_tiled_by_default_and_small_ones_whole(loss):
+    def largest(batch):
+        shapes = jaxprs.shapes(jax.value_and_grad(loss), jax.ShapeDtypeStruct((batch, 3, 4), jnp.float32))
+        return max(np.prod(shape) for shape in shapes)
+
+    assert largest(200) >= 200**2
+    assert largest(8192) <= 8192**2 / 100
+
+
 def test_what_the_gradient_keeps_grows_with_the_batch_and_not_its_square():
     def kept(batch):
         def loss(z):
@@ -223,6 +290,33 @@ def test_the_axis_may_be_left_out_for_a_mesh_that_has_one(loss):
     batch = _batch()
     call = functools.partial(loss, scores.Volume(), scale=-10.0, **batch)
     np.testing.assert_allclose(call(mesh=jax.make_mesh((4,), ("rows",))), call(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "score", "kind"),
+    [
+        (contrastive_nll, scores.Volume(), AxisType.Auto),
+        (functools.partial(contrastive_nll, detach_candidates=True), scores.Volume(), AxisType.Auto),
+        (functools.partial(sigmoid_nll, bias=0.0), _Distance(), AxisType.Explicit),
+    ],
+    ids=["softmax", "detached", "sigmoid"],
+)
+def test_items_beyond_the_queries_are_shared_among_devices(loss, score, kind):
+    """Query `i` keeps item `i`, although its part of the queries is not the same part of the items."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
+    batch = _cast(_batch(queries=8, items=20), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames=("mesh", "axis_name"))
+    def both(batch, **options):
+        def each(queries, gallery):
+            inputs = {**batch, "queries": queries, "gallery": gallery}
+            losses = loss(score, **inputs, scale=-10.0, reduction=None, **options)
+            return jnp.sum(losses), losses
+
+        return jax.grad(each, (0, 1), has_aux=True)(batch["queries"], batch["gallery"])
+
+    sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    _assert_close(both(sharded, mesh=mesh, axis_name=("model", "data")), both(batch), 2e-6)
 
 
 @pytest.mark.usefixtures("unchecked_signatures")

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gramjax import scores
-from gramjax.streaming import sample_hard_negatives
+from gramjax.streaming import rowwise, sample_hard_negatives
 from tests import reference
 
 directions = pytest.mark.parametrize("draw", ["items", "queries"])
@@ -117,6 +117,33 @@ def test_tiles_and_devices_do_not_change_the_negatives(draw, block_size, shape, 
     np.testing.assert_array_equal(again, expected)
 
 
+@pytest.mark.parametrize("option", ["uniform_share", "floor"])
+def test_traced_shares_and_old_keys(option):
+    queries, gallery, masks = _inputs(batch=24)
+    sample = functools.partial(sample_hard_negatives, score=scores.Cosine(), queries=queries, gallery=gallery, **masks)
+    traced = jax.jit(lambda key, share: sample(key, **{option: share}))(jax.random.PRNGKey(2), 0.3)
+    np.testing.assert_array_equal(traced, sample(jax.random.key(2), **{option: 0.3}))
+
+
+@directions
+def test_many_blocks_of_rows(draw, monkeypatch):
+    queries, gallery, masks = _inputs(batch=53)
+    key, options = jax.random.key(1), {"draw": draw, "temperature": 0.2, **masks}
+    expected = sample_hard_negatives(key, scores.Volume(), queries, gallery, **options)
+    monkeypatch.setattr(rowwise, "_tile_shape", lambda rows, columns, block_size: (20, block_size))
+    again = sample_hard_negatives(key, scores.Volume(), queries, gallery, block_size=33, **options)
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("axis_name", [("data", "model"), ("model", "data")], ids=str)
+def test_over_two_axes_of_a_mesh(axis_name):
+    """In the order of the mesh, and in the other, in which the ring is not in the order of the shards."""
+    queries, gallery, masks = _inputs(batch=24)
+    mesh = jax.make_mesh((2, 3), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:6])
+    sample = functools.partial(sample_hard_negatives, jax.random.key(5), scores.Volume(), queries, gallery, **masks)
+    np.testing.assert_array_equal(sample(mesh=mesh, axis_name=axis_name), sample())
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     queries, gallery, masks = _inputs(batch=24)
@@ -165,8 +192,15 @@ def test_bad_input():
         sample(queries[:3], gallery)
     with pytest.raises(ValueError, match=r"uniform_share must be in \[0, 1\], got 1.5"):
         sample(queries, gallery, uniform_share=1.5)
+    with pytest.raises(ValueError, match=r"uniform_share must be a scalar, got shape \(4,\)"):
+        sample(queries, gallery, uniform_share=jnp.ones(4))
     with pytest.raises(ValueError, match="floor must be at least 0, got -1"):
         sample(queries, gallery, floor=-1.0)
+    with pytest.raises(ValueError, match="floor must be at least 0, got nan"):
+        sample(queries, gallery, floor=jnp.nan)
+    for keys, shape in ((jax.random.split(key, 3), r"\(3,\)"), (jnp.arange(5, dtype=jnp.uint32), r"\(5,\)")):
+        with pytest.raises(ValueError, match=f"key must be one random key, got an array of dtype .* and shape {shape}"):
+            sample_hard_negatives(keys, scores.Volume(), queries, gallery)
     with pytest.raises(ValueError, match="temperature must be positive"):
         sample(queries, gallery, temperature=0.0)
     with pytest.raises(ValueError, match=r"draw must be .*, got 'both'"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gramjax import linalg
 from gramjax.checkpoints import load_torch
 from gramjax.encoders.heads import ProjectionHead
 from gramjax.models import GramModel, LossParameters, gram_tiny
@@ -229,6 +230,18 @@ def test_without_negatives_only_matches_count(small, name):
         metrics["loss/matching"], np.mean(np.log1p(np.exp(logits[:, 0] - logits[:, 1]))), rtol=1e-5
     )
     chex.assert_tree_all_finite(gradient)
+
+
+def test_one_spectrum_serves_both_terms_of_pmrl(monkeypatch):
+    spectrum, calls = linalg.spectrum, []
+    monkeypatch.setattr(linalg, "spectrum", lambda z: calls.append(z.shape) or spectrum(z))
+
+    def loss():
+        model = SmallModel(nnx.Rngs(0))
+        return pmrl_objective(model, LossParameters(), vectors(), None, key=KEY, matching_weight=0.0)
+
+    jax.eval_shape(loss)
+    assert calls == [(ROWS, 4, 5)]
 
 
 def test_matching_may_be_left_out_or_read_what_there_is(small):

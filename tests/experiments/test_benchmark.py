@@ -1,0 +1,61 @@
+"""The benchmark runs from end to end, and compares forms of the same thing."""
+
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import benchmark
+from gramjax import linalg, losses
+
+TOY = {
+    "dim": [8], "batch-sizes": [6], "large-batch-sizes": [6, 12], "modalities": [3], "memory-batch-sizes": [6],
+    "sizes": [2], "dims": [4], "devices": [2], "device-batch": [6], "spectra": [6, 3, 8], "repeats": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_runs_from_end_to_end(processes, tmp_path, monkeypatch, capsys):
+    if not processes:
+        monkeypatch.setattr(benchmark, "_in_a_process", lambda function, *arguments, devices=1: function(*arguments))
+    path = tmp_path / "new" / "benchmark.json"
+    options = [word for name, values in TOY.items() for word in (f"--{name}", *map(str, values))]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options, "--output", str(path)])
+    benchmark.main()
+
+    rows = json.loads(path.read_text())["rows"]
+    number = dict.fromkeys((row["study"] for row in rows), 0)
+    for row in rows:
+        number[row["study"]] += 1
+        assert all(row[name] > 0 for name in ("seconds", "seconds_against", "bytes") if name in row)
+        if "against" in row:
+            np.testing.assert_allclose(row["ratio"], row["seconds_against"] / row["seconds"])
+    assert number == {
+        "other forms": 2 + (importlib.util.find_spec("torch") is not None),
+        "floor": 2 + 1 + 1,
+        "spectrum": 1,
+        "batch grows with the devices": 1,
+        "batch divided over devices": 1,
+        "memory": 1,
+    }
+    assert [row["batch"] for row in rows if "devices" in row] == [12, 12]
+    printed = capsys.readouterr().out
+    assert sum(line.startswith(tuple(f"| {study} |" for study in number)) for line in printed.splitlines()) == len(rows)
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_the_forms_compute_the_same():
+    z = benchmark.unit_vectors(6, 3, 8)
+    expected = jax.jit(jax.value_and_grad(losses.gram_loss))(z)
+    for form in (benchmark.published_gram_loss, benchmark.whole_matrix_gram_loss):
+        for x, y in zip(jax.jit(jax.value_and_grad(form))(z), expected):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-3 * np.abs(y).max())
+    (values, direction), (plain, left) = jax.jit(lambda z: (linalg.spectrum(z), benchmark.plain_spectrum(z)))(z)
+    np.testing.assert_allclose(values, plain, rtol=1e-5)
+    np.testing.assert_allclose(jnp.abs(jnp.sum(direction * left, axis=1)), np.ones(6), rtol=1e-5)
