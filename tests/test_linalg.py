@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from gramjax import linalg
+from gramjax import _spectrum, linalg
 from tests import jaxprs, reference
 
 FUNCTIONS = [
@@ -303,12 +303,12 @@ def test_blocks_do_not_change_spectra(n, monkeypatch):
         shapes = []
 
         def loss(z):
-            shapes.append(linalg._blocks(z).shape)
+            shapes.append(_spectrum._blocks(z).shape)
             return sum(jnp.sum(jnp.sin(x) * weights[: x.shape[-1]][None]) for x in linalg.spectrum(z))
 
         return *jax.jit(transform(jax.value_and_grad(loss)))(z), shapes[0]
 
-    monkeypatch.setattr(linalg, "_BLOCK_BYTES", 2**10)
+    monkeypatch.setattr(_spectrum, "_BLOCK_BYTES", 2**10)
     value, gradient, shape = value_and_gradient(lambda f: f)
     assert len(shape) == 3
     again, gradient_again, shape = value_and_gradient(alone)
@@ -319,7 +319,7 @@ def test_blocks_do_not_change_spectra(n, monkeypatch):
 
 
 def test_spectra_of_a_divided_batch_stay_divided(monkeypatch):
-    monkeypatch.setattr(linalg, "_BLOCK_BYTES", 2**10)
+    monkeypatch.setattr(_spectrum, "_BLOCK_BYTES", 2**10)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     z = jax.device_put(jnp.ones((256, 2, 8)), NamedSharding(mesh, PartitionSpec("data")))
     compiled = jax.jit(jax.grad(lambda z: jnp.sum(linalg.leading_direction(z)))).lower(z).compile()
