@@ -12,6 +12,9 @@ and gradient, is compared with
 the plain form of the PMRL spectrum is `jnp.linalg.svd`. Memory is the peak of a process of its own; devices are
 simulated on the processors of this machine, so that they show what the ring costs and not what it gains. Prints
 markdown tables, writes all as JSON and draws it.
+
+On GPUs and TPUs the same is measured there (but for the simulated devices); the floor also with products of TF32 and
+of bfloat16, added up in float32, and memory, which is then the accelerator's, up to the largest batch that fits.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ import importlib.util
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +44,12 @@ from gramjax.streaming.nll import softmax_nll
 
 TEMPERATURE = 0.07
 EXACT = jax.lax.Precision.HIGHEST
+# Of the products of scores; those after the first are an accelerator's alone.
+PRECISIONS = {
+    "float32": EXACT,
+    "TF32": jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
+    "bfloat16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+}
 Step = Callable[[], Any]
 Row = dict[str, Any]
 
@@ -56,6 +66,8 @@ class Options:
     modalities: tuple[int, ...] = (3, 5)
     memory_batch_sizes: tuple[int, ...] = (4096, 16384, 65536)
     """With the most of `modalities`."""
+    accelerator_batch_sizes: tuple[int, ...] = (262144, 524288, 1048576)
+    """More of them, on GPUs and TPUs, until one does not fit."""
     sizes: tuple[int, ...] = (2, 3, 4, 6, 8)
     """Numbers of modalities over which the time is drawn."""
     dims: tuple[int, ...] = (128, 256, 512, 1024)
@@ -136,12 +148,12 @@ def value_and_gradient(loss: Callable, z: jax.Array) -> Step:
     return functools.partial(jax.jit(jax.value_and_grad(loss)), z)
 
 
-def products(batch: int, dim: int) -> tuple[Step, float]:
+def products(batch: int, dim: int, precision: jax.lax.PrecisionLike = EXACT) -> tuple[Step, float]:
     """A contiguous matrix product, and how many of its time those of one modality and `batch` examples take."""
-    size = min(batch, 2048)
+    size = min(batch, 2048 if jax.default_backend() == "cpu" else 8192)
     rng = np.random.default_rng(1)
     a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((size, dim), (dim, size)))
-    return functools.partial(jax.jit(functools.partial(jnp.matmul, precision=EXACT)), a, b), 4 * (batch / size) ** 2
+    return functools.partial(jax.jit(functools.partial(jnp.matmul, precision=precision)), a, b), 4 * (batch / size) ** 2
 
 
 def compare(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
@@ -193,12 +205,19 @@ def against_the_floor(options: Options) -> list[Row]:
     shapes += [(largest, min(options.modalities), dim) for dim in options.dims]
     rows = []
     for batch, k, dim in dict.fromkeys(shapes):
-        product, times = products(batch, dim)
-        loss = value_and_gradient(losses.gram_loss, unit_vectors(batch, k, dim))
-        seconds = compare({"gramjax": loss, "products": product}, options.repeats)
-        seconds["products"] *= times * (k - 1)
-        rows += _rows("floor", seconds, batch, k, dim)
+        for name in PRECISIONS if jax.default_backend() != "cpu" else ("float32",):
+            rows += _against_products(name, batch, k, dim, options.repeats)
     return rows
+
+
+def _against_products(name: str, batch: int, k: int, dim: int, repeats: int) -> list[Row]:
+    product, times = products(batch, dim, PRECISIONS[name])
+    loss = functools.partial(losses.gram_loss, precision=PRECISIONS[name])
+    floor = "products" if name == "float32" else f"products, {name}"
+    steps = {"gramjax": value_and_gradient(loss, unit_vectors(batch, k, dim)), floor: product}
+    seconds = compare(steps, repeats)
+    seconds[floor] *= times * (k - 1)
+    return _rows("floor" if name == "float32" else f"floor, {name}", seconds, batch, k, dim)
 
 
 def against_svd(options: Options) -> list[Row]:
@@ -215,7 +234,17 @@ def against_svd(options: Options) -> list[Row]:
 def memory(options: Options) -> list[Row]:
     """Peak memory of a process that computes one value and gradient."""
     k = max(options.modalities)
-    return [{"study": "memory", **_in_a_process(_peak, batch, k, options.dim)} for batch in options.memory_batch_sizes]
+    rows: list[Row] = []
+    batches = list(options.memory_batch_sizes)
+    if _in_a_process(_platform)["platform"] != "cpu":
+        batches += options.accelerator_batch_sizes
+    for batch in batches:
+        try:
+            rows.append({"study": "memory", **_in_a_process(_peak, batch, k, options.dim)})
+        except MemoryError as error:
+            print(f"memory: a batch of {batch} does not fit ({error})", file=sys.stderr)
+            break
+    return rows
 
 
 def devices(options: Options) -> list[Row]:
@@ -226,8 +255,12 @@ def devices(options: Options) -> list[Row]:
         for count in options.devices:
             batch = options.device_batch * (count if growth else max(options.devices))
             arguments = (count, batch, k, options.dim, options.repeats)
-            rows.append({"study": study, **_in_a_process(_on_devices, *arguments, devices=count)})
+            rows.append({"study": study, **_in_a_process(_on_devices, *arguments, simulated=count)})
     return rows
+
+
+def _platform() -> Row:
+    return {"platform": jax.default_backend()}
 
 
 def _peak(batch: int, k: int, dim: int) -> Row:
@@ -238,6 +271,8 @@ def _peak(batch: int, k: int, dim: int) -> Row:
 
 
 def _peak_so_far() -> int:
+    if stats := jax.local_devices()[0].memory_stats():  # an accelerator's
+        return stats["peak_bytes_in_use"]
     # On Linux, getrusage would count what the parent held when it started this process.
     if (status := Path("/proc/self/status")).exists():
         return next(
@@ -261,14 +296,24 @@ def _on_devices(count: int, batch: int, k: int, dim: int, repeats: int) -> Row:
     return {"batch": batch, "modalities": k, "dim": dim, "devices": count, "seconds": seconds, "bytes": held}
 
 
-def _in_a_process(function: Callable[..., Row], *arguments: int, devices: int = 1) -> Row:
+def _in_a_process(function: Callable[..., Row], *arguments: int, simulated: int = 0) -> Row:
+    """What `function` returns in a process of its own, on this machine's device or on simulated ones.
+
+    Raises:
+      MemoryError: it needed more memory than there is.
+    """
     code = (
         f"import json; from experiments import benchmark; print(json.dumps(benchmark.{function.__name__}{arguments}))"
     )
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "XLA_FLAGS": flags}, check=True, capture_output=True, text=True
-    )
+    environment = dict(os.environ)
+    if simulated:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={simulated}"
+        environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)
+    if done.returncode == -signal.SIGKILL or "RESOURCE_EXHAUSTED" in done.stderr:
+        raise MemoryError(f"exit status {done.returncode}")
+    if done.returncode:
+        sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -315,7 +360,7 @@ def curves(rows: list[Row], options: Options) -> dict[tuple[str, str, str], dict
         if points:
             panels.setdefault(panel, {})[label] = sorted(points), [points[at] for at in sorted(points)]
 
-    timed = [row for row in rows if "against" in row and row["study"] != "spectrum"]
+    timed = [row for row in rows if row["study"] in ("other forms", "floor")]
     for k in (few, many):
         chosen = [row for row in timed if (row["modalities"], row["dim"]) == (k, options.dim)]
         panel = (f"{k} modalities, d = {options.dim}", "batch", "seconds")
@@ -347,7 +392,8 @@ def main() -> None:
     """Measure as the command line says."""
     options = tyro.cli(Options, description=__doc__)
     rows: list[Row] = []
-    for study in (against_other_forms, against_the_floor, against_svd, devices, memory):
+    # First what runs in processes of its own: an accelerator has one owner at a time.
+    for study in (devices, memory, against_other_forms, against_the_floor, against_svd):
         rows += study(options)
     print(f"value and gradient, {jax.devices()[0].device_kind}, jax {jax.__version__}\n\n{table(rows)}")
     options.output.parent.mkdir(parents=True, exist_ok=True)

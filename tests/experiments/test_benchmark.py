@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import jax
@@ -12,6 +13,7 @@ from PIL import Image
 
 from experiments import benchmark
 from gramjax import linalg, losses
+from tests import jaxprs
 
 TOY = {
     "dim": [8], "batch-sizes": [6], "large-batch-sizes": [6, 12], "modalities": [3], "memory-batch-sizes": [6],
@@ -22,7 +24,7 @@ TOY = {
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_runs_from_end_to_end(processes, tmp_path, monkeypatch, capsys):
     if not processes:
-        monkeypatch.setattr(benchmark, "_in_a_process", lambda function, *arguments, devices=1: function(*arguments))
+        monkeypatch.setattr(benchmark, "_in_a_process", lambda function, *arguments, simulated=0: function(*arguments))
     path = tmp_path / "new" / "benchmark.json"
     options = [word for name, values in TOY.items() for word in (f"--{name}", *map(str, values))]
     monkeypatch.setattr(sys, "argv", ["benchmark", *options, "--output", str(path)])
@@ -48,6 +50,56 @@ def test_runs_from_end_to_end(processes, tmp_path, monkeypatch, capsys):
     assert sum(line.startswith(tuple(f"| {study} |" for study in number)) for line in printed.splitlines()) == len(rows)
     with Image.open(path.with_suffix(".png")) as picture:
         assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_memory_is_measured_up_to_what_fits(monkeypatch, capsys):
+    def in_a_process(function, *arguments, simulated=0):
+        if function is benchmark._platform:
+            return {"platform": "gpu"}
+        if arguments[0] > 40:
+            raise MemoryError("exit status -9")
+        return {"batch": arguments[0], "bytes": 1}
+
+    monkeypatch.setattr(benchmark, "_in_a_process", in_a_process)
+    options = benchmark.Options(memory_batch_sizes=(10, 20), accelerator_batch_sizes=(40, 80, 160))
+    assert [row["batch"] for row in benchmark.memory(options)] == [10, 20, 40]
+    assert capsys.readouterr().err == "memory: a batch of 80 does not fit (exit status -9)\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", MemoryError, "exit status -9"),
+        ("raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory')", MemoryError, "exit status 1"),
+        ("raise KeyError('else')", SystemExit, "KeyError: 'else'"),
+    ],
+)
+def test_a_process_that_fails(code, error, message, monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run([*command[:2], code], **options))
+    with pytest.raises(error, match=message):
+        benchmark._in_a_process(benchmark._platform)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])  # CPUs have no TF32
+def test_other_precisions_run(name):
+    (row,) = benchmark._against_products(name, 6, 3, 8, 1)
+    assert row["ratio"] > 0
+
+
+@pytest.mark.parametrize("precision", benchmark.PRECISIONS.values(), ids=str)
+def test_the_products_of_scores_have_the_precision_asked_for(precision):
+    loss = jax.value_and_grad(lambda z: losses.gram_loss(z, precision=precision))
+    equations = jaxprs.equations(jax.make_jaxpr(loss)(jnp.zeros((7, 3, 5))).jaxpr)
+    # Of every query with every item; those within an item stay exact.
+    found = [
+        e.params["precision"]
+        for e in equations
+        if e.primitive.name == "dot_general" and e.outvars[0].aval.shape == (7, 7)
+    ]
+    expected = precision if isinstance(precision, jax.lax.DotAlgorithmPreset) else (precision, precision)
+    assert found
+    assert set(found) == {expected}
 
 
 def test_the_forms_compute_the_same():
