@@ -41,8 +41,9 @@ class Cone:
     It is to the span of `Residual` what a cone is to its linear hull: `S = sqrt(1 - r)` where the projection of a unit
     query onto the span lies between the modalities, and less where it does not, down to the largest single cosine. So
     it keeps what makes the volume find items (the query may lie anywhere between the modalities, nearer to the one
-    that says more) without its two faults: how close an item's modalities are to each other does not multiply every
-    score of the item, and a modality that points away counts against, not for it.
+    that says more); how close an item's modalities are to each other does not multiply every score of the item, and a
+    modality that points away does not count for it. A wider cone is nearer to every query: a further modality never
+    lowers a score.
 
     The maximum is taken over the faces of the cone in closed form: there the coefficients are those of the projection
     onto the span of the face's generators, and it counts if all are positive. At the maximum `a` the derivative is

@@ -16,8 +16,8 @@ between items*: `D_j` multiplies every score of item `j`, so an item whose own m
 near to every query, and an item with fewer modalities is far from every query. `Residual`, `sqrt(r_ij)`, leaves `D_j`
 out: it is the sine of the angle between query and span. *It is blind to sign*: a vector and its opposite span the same
 line, so modalities trained from scratch by volume alone may settle anti-parallel. `Cosine`, `LeadingDirection` and
-`Cone` see signs. `Cone` has neither fault, and what is good in the volume: the query may lie anywhere between the
-item's modalities.
+`Cone` see signs. `Cone` has what is good in the volume, the query may lie anywhere between the item's modalities, and a
+sign and no factor `D_j`; but it, too, favours items with more modalities, or with modalities further apart.
 
 Unit vectors are expected, not enforced: lengths multiply into the scores. An item that a score cannot use (nothing
 of it is present; for `Triangle`: anything is missing) gets the worst score, `+inf` or `-inf`, from the functions here.

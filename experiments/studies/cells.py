@@ -54,7 +54,7 @@ class Cell:
     """What stands for a missing vector: nothing (the losses' exact mask), features of 0, or the features' mean over
     the items that have the modality."""
     mismatched: float = 0.0
-    """Share of the training items whose vector of every modality but the anchor is another item's."""
+    """Share of the training vectors, of every modality but the anchor by itself, that are another item's."""
     snapshots: int = 1
     """How many times along the run the towers are kept, evenly spaced, the end included."""
 

@@ -44,5 +44,7 @@ CANDIDATES: dict[str, Family] = {
     "residual + pairwise InfoNCE": Family(lambda t: (terms.Contrast(t, score=scores.Residual()), terms.Pairwise(t))),
     "mean cosine": Family(lambda t: (terms.Contrast(t, score=scores.Cosine()),)),
     "leading direction": Family(lambda t: (terms.Contrast(t, score=scores.LeadingDirection()),)),
-    "PMRL + pairwise InfoNCE": Family(lambda t: (terms.Alignment(0.05), terms.Directions(t), terms.Pairwise(t))),
+    "PMRL + pairwise InfoNCE": Family(
+        lambda t: (terms.Alignment(0.05), terms.Directions(t), terms.Pairwise(t)), (*COMMON, 0.8)
+    ),
 }

@@ -80,7 +80,6 @@ def summary(embeddings: Mapping[str, np.ndarray], anchor: str) -> dict[str, floa
         **{f"recall {name}": value for name, value in pairs.items()},
         **{f"recall by {name}": value for name, value in by_score.items()},
         "recall of pairs": float(np.mean(list(pairs.values()))),
-        "recall by best score": max(by_score.values()),
         **geometry(embeddings),
     }
 

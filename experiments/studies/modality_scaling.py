@@ -6,9 +6,10 @@ volume in turn; pairwise InfoNCE is the form of anchored InfoNCE without an anch
 """
 
 from experiments.studies import drawings, objectives, study
-from experiments.studies.families import PUBLISHED
+from experiments.studies.families import CANDIDATES, PUBLISHED
 from gramjax import scores
 
+OURS = ("cone", "cone + pairwise InfoNCE")
 PANELS = {
     "the item of all others, best score": "recall by best score",
     "the item of all others, by volume": "recall by volume",
@@ -22,8 +23,8 @@ def run(options: study.Options) -> None:
     rest = [name for name in this.features.modalities if name not in options.modalities]
     order = (options.anchor, *(name for name in options.modalities if name != options.anchor), *rest)
     chosen = {
-        name: this.tuned(*PUBLISHED[name]).objective
-        for name in ("GRAM", "anchored InfoNCE", "pairwise InfoNCE", "GRAM + pairwise InfoNCE", "PMRL")
+        name: this.tuned(*(PUBLISHED | CANDIDATES)[name]).objective
+        for name in ("GRAM", "anchored InfoNCE", "pairwise InfoNCE", "GRAM + pairwise InfoNCE", "PMRL", *OURS)
     }
     volume = objectives.Contrast(chosen["GRAM"][0].temperature, score=scores.Volume(), every_anchor=True)
     chosen["GRAM, every anchor"] = (volume,)
@@ -36,7 +37,7 @@ def run(options: study.Options) -> None:
     }
     panels = PANELS | {f"{order[0]} → {order[1]} alone": first_pair}
     this.write(
-        {"order": order, "rows": rows},
+        {"order": order, "rows": rows, "tuned": {name: str(objective) for name, objective in chosen.items()}},
         {f"{order}, mean of R@1, 5, 10, %": study.table(rows, panels, corner="objective, modalities")},
     )
     drawings.lines(

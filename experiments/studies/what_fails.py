@@ -29,15 +29,16 @@ def run(options: study.Options) -> None:
         runs = this.over_seeds(this.tuned(*PUBLISHED[name]))
         for score in SCORES:
             examined[f"{name}, {score}"] = study.spreads([examine(this, trained, score) for trained in runs])
-    rows, settings = {}, {}
+    rows, settings, searched = {}, {}, {}
     for name, family in (PUBLISHED | CANDIDATES).items():
         if name != "TRIANGLE" or len(options.modalities) == 3:
             cell = this.tuned(*family)
             rows[name] = study.spreads(this.summaries(cell))
             settings[name] = str(cell.objective)
+            searched[name] = this.best_score(cell)
     margins = {name: margin(row, rows, "recall by best score") for name, row in rows.items()}
     this.write(
-        {"examined": examined, "rows": rows, "margins": margins, "tuned": settings},
+        {"examined": examined, "rows": rows, "margins": margins, "tuned": settings, "best score": searched},
         {
             "Hubness (skewness of how often items are found)": study.table(
                 examined, {"text finds items": "hubness"}, corner="objective, score", scale=1.0, digits=2
