@@ -124,7 +124,7 @@ def draw(
             run_dir / "gallery.png",
             title=f"Retrieval among {count} pictographs never seen in training",
             caption="Queries are evenly spaced through the test split, not picked by hand. "
-            "Every item is shown by its picture, whatever was searched. Framed: the right one.",
+            "Every item is shown by its picture, whatever was searched. The right one, if it is among them, is framed.",
         ),
         figures.recall_heatmap(
             recall, names, run_dir / "recall.png", title=f"Recall@1 in per cent, {count} test items"

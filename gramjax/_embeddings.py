@@ -44,7 +44,7 @@ def stack_modalities(
         raise ValueError(f"embeddings must hold at least one modality of {names}, got {sorted(embeddings)}.")
     if unknown := sorted(set(where) - set(embeddings)):
         raise ValueError(f"where has masks for {unknown}, but embeddings holds only {sorted(embeddings)}.")
-    arrays = {name: jnp.asarray(embeddings[name]) for name in given}
+    arrays = {name: _checks.as_array(f"embeddings[{name!r}]", embeddings[name]) for name in given}
     shape, dtype = arrays[given[0]].shape, arrays[given[0]].dtype
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):

@@ -37,6 +37,7 @@ CANDIDATES: dict[str, Family] = {
     "cone": Family(lambda t: (terms.Cone(t),), (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
     "cone + pairwise InfoNCE": Family(lambda t: (terms.Cone(t), terms.Pairwise(t)), (0.05, 0.1, 0.2, 0.3, 0.4)),
     "cone, every anchor": Family(lambda t: (terms.Contrast(t, score=scores.Cone(), every_anchor=True),)),
+    "GRAM + a tenth of pairwise InfoNCE": Family(lambda t: (terms.Gram(t), terms.Pairwise(2 * t, weight=0.1))),
     "residual": Family(lambda t: (terms.Contrast(t, score=scores.Residual()),)),
     "residual + own volume": Family(
         lambda t: (terms.Contrast(t, score=scores.Residual()), terms.OwnVolume(1.0, weight=0.3))

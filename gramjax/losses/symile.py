@@ -11,6 +11,9 @@ from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Multilinear
 from gramjax.streaming.nll import softmax_nll
 
+# 4 GB in float32, and as much again for each anchor and in the gradient.
+_MOST_LOGITS = 2**30
+
 
 def symile_loss(
     embeddings: Float[Array, "batch modality dim"],
@@ -47,7 +50,7 @@ def symile_loss(
 
     Raises:
       TypeError: if a dtype is wrong.
-      ValueError: if a shape does not fit or an option is out of range.
+      ValueError: if a shape does not fit, an option is out of range, or, without `key`, `batch^modality` exceeds 2^30.
 
     >>> z = jnp.tile(jnp.eye(2)[:, None], (1, 3, 1))
     >>> round(float(symile_loss(z, temperature=1.0)), 6)  # one of 4 combinations scores 1: log(1 + 3 exp(-1))
@@ -58,6 +61,11 @@ def symile_loss(
     label_smoothing = _checks.fraction("label_smoothing", label_smoothing)
     batch, k, _ = z.shape
     key = None if key is None else _checks.random_key("key", key)
+    if key is None and batch**k > _MOST_LOGITS:
+        raise ValueError(
+            f"key must be given for embeddings of shape {z.shape}: without it each example is compared with all "
+            f"{batch}^{k - 1} combinations, {batch**k:.1e} logits."
+        )
     ids = jnp.arange(batch) if ids is None else _checks.ids("ids", ids, batch)
     score = Multilinear(precision)
     terms = []

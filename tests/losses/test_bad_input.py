@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gramjax import losses
+from gramjax import losses, stack_modalities
 
 STACKED = [
     losses.gram_loss,
@@ -168,3 +168,15 @@ def test_matching():
         losses.matching_loss(jnp.ones((4, 2)), jnp.array([1, 0, 7, 1]))
     with pytest.raises(TypeError, match=r"labels must be integers.*float32"):
         losses.matching_loss(jnp.ones((4, 2)), jnp.ones(4))
+
+
+def test_symile_without_a_key_says_when_combinations_are_too_many():
+    z = jnp.zeros((16, 8, 4))
+    with pytest.raises(ValueError, match=r"key must be given for embeddings of shape \(16, 8, 4\).*16\^7 .* 4\.3e\+09"):
+        losses.symile_loss(z)
+    assert jax.eval_shape(lambda: losses.symile_loss(z, key=jax.random.key(0))).shape == ()
+
+
+def test_what_is_stacked_must_be_arrays():
+    with pytest.raises(TypeError, match=r"embeddings\['sound'\] must be an array, got NoneType"):
+        stack_modalities({"text": jnp.zeros((2, 3)), "sound": None})
