@@ -31,8 +31,9 @@ def eigenvectors(gram: Float[Array, "k k n"], *, sweeps: int) -> tuple[Float[Arr
     k = gram.shape[0]
     if k == 1:
         return gram[0], jnp.ones_like(gram)
-    identity = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype)[..., None], gram.shape)
-    identity = _devices.vary_over(identity, _devices.varying(gram))  # for the loop below
+    # For the loop below it must lie on the devices on which the matrices lie.
+    identity = jnp.eye(k, dtype=gram.dtype)[..., None] + jnp.zeros_like(gram)
+    identity = _devices.vary_over(identity, _devices.varying(gram))
     if k > _WRITTEN_OUT:
         return _one_sided(gram, identity, sweeps)
     entries = {(i, j): gram[i, j] for i in range(k) for j in range(i, k)}

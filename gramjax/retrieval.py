@@ -277,8 +277,9 @@ def load_index(path: str | os.PathLike) -> Index:
 
 def _restore(header: dict, leaves: list[np.ndarray]) -> Index:
     """Puts the arrays back into the tree that the score makes, whose shapes and dtypes they must have."""
-    modalities, dim = (header[name] for name in ("modalities", "dim"))
-    if not (isinstance(modalities, int) and isinstance(dim, int) and len(leaves) >= 2 and leaves[-1].ndim):
+    modalities, dim = sizes = [header[name] for name in ("modalities", "dim")]
+    sized = all(isinstance(size, int) and size >= 1 for size in sizes)
+    if not (sized and len(leaves) >= 2 and leaves[-1].ndim and np.issubdtype(leaves[0].dtype, np.floating)):
         raise ValueError("its header or its arrays are not those of an index")
     score = _score_from(header["score"])
     size = leaves[-1].shape[0]
@@ -302,7 +303,8 @@ def _describe(score: Score) -> dict:
 
 
 def _score_from(description: Any) -> Score:
-    kind = getattr(scores, description["class"], None) if isinstance(description, dict) else None
+    name = description.get("class") if isinstance(description, dict) else None
+    kind = getattr(scores, name, None) if isinstance(name, str) else None
     # The module has more than scores, such as what it imports.
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise ValueError(f"its score is {description}")
@@ -310,6 +312,8 @@ def _score_from(description: Any) -> Score:
     if set(fields) != {field.name for field in dataclasses.fields(kind)}:
         raise ValueError(f"its score is {description}")
     precision = fields.pop("precision")
+    if not (precision is None or (isinstance(precision, str) and precision in jax.lax.Precision.__members__)):
+        raise ValueError(f"the precision of its score is {precision!r}")
     make: Any = kind
     return make(precision=None if precision is None else jax.lax.Precision[precision], **fields)
 

@@ -318,6 +318,24 @@ def test_blocks_do_not_change_spectra(n, monkeypatch):
     np.testing.assert_allclose(gradient_again, gradient, atol=1e-4 * np.max(np.abs(gradient)))
 
 
+@pytest.mark.parametrize("k", [3, 5])  # Jacobi rotations written out, and in a loop
+def test_spectra_on_explicit_meshes(k):
+    z = _sets(k, "random", batch=8).astype(np.float32)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    weights = jnp.linspace(0.5, 1.5, 24)
+
+    def loss(z):
+        values, direction = linalg.spectrum(z)
+        return jnp.sum(jnp.sin(values)) + jnp.sum(jnp.sin(direction) * weights[None])
+
+    expected = jax.jit(jax.value_and_grad(loss))(jnp.asarray(z))
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(z, NamedSharding(mesh, PartitionSpec("data")))
+        value, gradient = jax.jit(jax.value_and_grad(loss))(divided)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected[1], atol=1e-4 * np.max(np.abs(expected[1])))
+
+
 def test_spectra_of_a_divided_batch_stay_divided(monkeypatch):
     monkeypatch.setattr(_spectrum, "_BLOCK_BYTES", 2**10)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])

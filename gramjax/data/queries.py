@@ -23,7 +23,7 @@ def encode_words(text: str) -> dict[str, Int32[np.ndarray, "1 48"] | Bool[np.nda
     >>> encode_words("red heart")["mask"].sum()
     np.int64(13)
     """
-    tokens = [tokenizer.CLS, *tokenizer.spelt_words(text)][: pipeline.TEXT_LENGTH]
+    tokens = [tokenizer.CLS, *(tokenizer.spelt_words(text) or [tokenizer.UNK])][: pipeline.TEXT_LENGTH]
     ids = np.full((1, pipeline.TEXT_LENGTH), tokenizer.PAD, np.int32)
     ids[0, : len(tokens)] = tokens
     return {"ids": ids, "mask": np.arange(pipeline.TEXT_LENGTH)[None] < len(tokens)}
@@ -53,18 +53,21 @@ def encode_speech(
     """A recording as the utterances of names are.
 
     Args:
-      waveform: one channel: integers in the range of 16-bit samples, or floats in [-1, 1].
+      waveform: one channel: 16-bit integers, or floats in [-1, 1].
       sample_rate: in hertz.
 
     Returns:
       `{"fbank": float32 [1, 208, 64], "mask": bool [1, 208]}`; of what is longer than two seconds, the beginning.
 
     Raises:
+      TypeError: if the samples are other integers, whose range would have to be guessed.
       ValueError: if the waveform is not one channel or shorter than 25 ms.
 
     >>> encode_speech(np.zeros(8000, np.int16), 16000)["fbank"].shape
     (1, 208, 64)
     """
+    if waveform.dtype != np.int16 and not np.issubdtype(waveform.dtype, np.floating):
+        raise TypeError(f"waveform must be of 16-bit integers or of floats, got dtype {waveform.dtype}")
     scale = 1.0 if np.issubdtype(waveform.dtype, np.integer) else audio.INT16_SCALE
     resampled = audio.resample(waveform.astype(np.float32), sample_rate, audio.SAMPLE_RATE) * np.float32(scale)
     fbank = audio.normalize_fbank(audio.kaldi_fbank(resampled, num_mel_bins=pipeline.MEL_BINS))

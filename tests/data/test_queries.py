@@ -49,6 +49,20 @@ def test_what_is_too_long_loses_its_end():
     assert speech["mask"].all()
 
 
+def test_a_text_without_words_is_one_unknown_word():
+    words = queries.encode_words("  ")
+    assert words["ids"][0, :2].tolist() == [tokenizer.CLS, tokenizer.UNK]
+    assert words["mask"].sum() == 2
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_samples_of_an_unknown_range_are_refused(dtype):
+    with pytest.raises(
+        TypeError, match=f"waveform must be .* floats, got dtype {dtype.__name__}"
+    ):
+        queries.encode_speech(np.zeros(8000, dtype), 16000)
+
+
 def test_pictures_of_any_size_and_mode_lie_on_white():
     white = queries.encode_picture(Image.new("RGB", (7, 90), "white"))
     np.testing.assert_array_equal(queries.encode_picture(Image.new("RGBA", (64, 64), (255, 0, 0, 0))), white)
