@@ -57,9 +57,7 @@ def test_a_text_without_words_is_one_unknown_word():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
 def test_samples_of_an_unknown_range_are_refused(dtype):
-    with pytest.raises(
-        TypeError, match=f"waveform must be .* floats, got dtype {dtype.__name__}"
-    ):
+    with pytest.raises(TypeError, match=f"waveform must be .* floats, got dtype {dtype.__name__}"):
         queries.encode_speech(np.zeros(8000, dtype), 16000)
 
 
