@@ -13,10 +13,10 @@ def test_it_is_small_and_has_heard_of_things():
     assert pretrained.EMOJI.stat().st_size < 3e6
     model = load_emoji()
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
-    texts = [queries.encode_words(text) for text in ("grinning cat", "smiling cat", "fire engine")]
+    texts = [queries.encode_words(text) for text in ("smiling cat", "smiling face", "police car")]
     words = jax.tree.map(lambda *rows: np.concatenate(rows), *texts)
-    cats, smiles, engine = nnx.jit(lambda model, words: model.embed({"english": words}))(model, words)["english"]
-    assert cats @ smiles > 0.5 > cats @ engine
+    cat, face, car = nnx.jit(lambda model, words: model.embed({"english": words}))(model, words)["english"]
+    assert cat @ face > 0.5 > cat @ car
 
 
 def test_the_same_model_gives_the_same_file(tmp_path):
