@@ -29,8 +29,8 @@ class GramConfig:
         modalities: modality -> name of its tower.
         embed_dim: dimension of the common space.
         pooling: tower -> how its tokens become one vector: "first", the class token, or "mean", over all tokens but
-            the class token and padding. Towers not named pool as in the published model: vision and
-            text "first", audio "mean"; a vector has one token, the first.
+            the class token and padding. Towers not named pool as in the published model: vision and text "first",
+            audio "mean"; a vector has one token, the first.
 
     Raises:
         ValueError: a modality or `pooling` names a tower there is not, a tower serves no modality, an audio tower
