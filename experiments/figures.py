@@ -359,7 +359,7 @@ def _panels(series: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
             curves = panels.setdefault(panel or name, {})
             label = label.replace("_", " ")
             if same := next((known for known, other in curves.items() if other == curve), None):
-                curves[f"{same} = {label}"] = curves.pop(same)
+                curves[f"{same} (that of {label})"] = curves.pop(same)
             else:
                 curves[label] = curve
     first = [panel for panel in panels if "loss" in panel] + [panel for panel in panels if "validation" in panel]

@@ -12,6 +12,12 @@ from gramjax import evaluation, metrics, scores
 from gramjax.streaming import streamed_ranks
 
 RANKS = (1, 5, 10)
+ITEM_SCORES: dict[str, scores.Score] = {
+    "volume": scores.Volume(),
+    "residual": scores.Residual(),
+    "cone": scores.Cone(),
+    "leading_direction": scores.LeadingDirection(),
+}
 
 
 def recalls(embeddings: Mapping[str, np.ndarray], *, anchor: str, select_by: str) -> dict[str, float]:
@@ -70,20 +76,15 @@ def _measure(embeddings: dict[str, jax.Array], anchor: str) -> tuple[dict[str, j
     queries = embeddings[anchor]
     gallery = jnp.stack([value for name, value in embeddings.items() if name != anchor], axis=1)
     pairs = {
-        f"{a}-{b}": _ranks(scores.cosine_scores(embeddings[a], embeddings[b][:, None]), scores.Cosine())
+        f"{a}-{b}": _ranks(scores.Cosine(), embeddings[a], embeddings[b][:, None])
         for a, b in itertools.combinations(embeddings, 2)
     }
-    ranks = pairs | {
-        "pairs": jnp.concatenate(list(pairs.values())),
-        "volume": _ranks(scores.volume_scores(queries, gallery), scores.Volume()),
-        "residual": _ranks(scores.residual_scores(queries, gallery), scores.Residual()),
-        "cone": _ranks(scores.cone_scores(queries, gallery), scores.Cone()),
-        "leading_direction": _ranks(scores.leading_direction_scores(queries, gallery), scores.LeadingDirection()),
-    }
+    ranks = pairs | {"pairs": jnp.concatenate(list(pairs.values()))}
+    ranks |= {name: _ranks(score, queries, gallery) for name, score in ITEM_SCORES.items()}
     return ranks, metrics.gram_alignment(jnp.stack(list(embeddings.values()), axis=1))
 
 
-def _ranks(table: jax.Array, score: scores.Score) -> jax.Array:
-    """Ranks of the right answers, rows retrieving columns and columns retrieving rows."""
-    better = score.higher_is_better
+def _ranks(score: scores.Score, queries: jax.Array, gallery: jax.Array) -> jax.Array:
+    """Ranks of the right answers, queries retrieving items and items retrieving queries."""
+    table, better = scores.score_matrix(score, queries, gallery), score.higher_is_better
     return jnp.concatenate([metrics.retrieval_ranks(one_way, higher_is_better=better) for one_way in (table, table.T)])

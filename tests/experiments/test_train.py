@@ -1,7 +1,6 @@
 """The training script on a made-up data set: it learns, stops, goes on bit for bit, and refuses what cannot work."""
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -21,8 +20,8 @@ from experiments.processes import Processes
 from gramjax import losses
 from gramjax.checkpoints import restore
 from gramjax.data import emoji, pipeline
-from gramjax.encoders import BERTConfig, VisionConfig
-from gramjax.training import MetricWriter, data_mesh, merge
+from gramjax.encoders import BEATsConfig, BERTConfig, VisionConfig
+from gramjax.training import MetricWriter, data_mesh, merge, replicate, shard_batch
 from tests.damage import flip, numbers_file
 
 ITEMS = {"train": range(64), "validation": range(64, 88), "test": range(88, 100)}
@@ -226,21 +225,56 @@ def test_the_number_of_devices_does_not_matter_nor_its_change(tmp_path, monkeypa
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_chunks_do_not_change_the_loss():
+def spoken(index):
+    """A text and a sound whose length follows from the index; what is behind its end must not count."""
+    rng = np.random.default_rng(index)
+    mask = np.arange(32) < 16 + 16 * (index % 2)
+    ids = np.array([1, 10 + index % 10, 2, 0], np.int32)
+    return {
+        "english": {"ids": ids, "mask": ids != 0},
+        "speech": {"fbank": np.where(mask[:, None], rng.normal(size=(32, 16)), 0).astype(np.float32), "mask": mask},
+        "index": np.int32(index),
+    }
+
+
+TINY_SOUND = BEATsConfig(
+    mel_bins=16,
+    patch_size=16,
+    patch_dim=16,
+    width=16,
+    depth=1,
+    num_heads=2,
+    mlp_dim=16,
+    position_kernel=4,
+    position_groups=1,
+    num_buckets=8,
+    max_distance=16,
+    dropout_rate=0.0,
+    attention_dropout_rate=0.0,
+    input_dropout_rate=0.0,
+    layer_drop_rate=0.0,
+)
+
+
+def test_chunks_and_devices_do_not_change_the_loss():
     config = dataclasses.replace(
         CONFIG,
-        vision=dataclasses.replace(CONFIG.vision, drop_path_rate=0.0),
+        modalities=("english", "speech"),
         text=dataclasses.replace(CONFIG.text, dropout_rate=0.0, attention_dropout_rate=0.0),
+        audio=TINY_SOUND,
     )
     graphdef, state, _ = runs.build(config)
-    batch = jax.tree.map(lambda *rows: jax.numpy.stack(rows), *map(example, range(16)))
+    batch = jax.tree.map(lambda *rows: np.stack(rows), *map(spoken, range(16)))
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def loss(state, chunk_size):
-        chunked = train.make_loss(dataclasses.replace(config, chunk_size=chunk_size), data_mesh(jax.devices()[:1]))
-        return chunked(*merge(graphdef, state), batch, nnx.Rngs(0))[0]
+    def loss(devices, chunk_size=None):
+        mesh = data_mesh(jax.devices()[:devices])
+        objective = train.make_loss(dataclasses.replace(config, chunk_size=chunk_size), mesh)
+        compute = jax.jit(lambda state, batch: objective(*merge(graphdef, state), batch, nnx.Rngs(0))[0])
+        return compute(replicate(state, mesh), shard_batch(batch, mesh))
 
-    np.testing.assert_allclose(loss(state, 4), loss(state, None), rtol=1e-6)
+    whole = loss(1)
+    np.testing.assert_allclose(loss(1, 4), whole, rtol=1e-6)
+    np.testing.assert_allclose(loss(2, 8), whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 8])

@@ -74,6 +74,16 @@ def test_padding_of_sound_is_left_out(model):
     )
 
 
+def test_padding_slices_do_not_shrink_what_is_joined():
+    """A joint head has a bias and sees several modalities: there the length of a mean counts."""
+    model = GramModel(dataclasses.replace(CONFIG, joint_heads={"clip": ("frames", "sound")}), rngs=nnx.Rngs(0))
+    sound, mask = BATCH["sound"], np.ones((2, 32), bool)
+    slices = {"fbank": np.stack([sound, sound], axis=1), "mask": np.stack([mask, np.zeros_like(mask)], axis=1)}
+    clips = {"frames": BATCH["frames"], "sound": slices}, {"frames": BATCH["frames"], "sound": sound}
+    padded, alone = (model.project_joint(model.encode(clip), clip)["clip"] for clip in clips)
+    np.testing.assert_allclose(padded, alone, atol=1e-5)
+
+
 def test_any_subset_of_modalities(model):
     whole = model.embed(BATCH)
     part = model.embed({name: BATCH[name] for name in ("sound", "caption")})
