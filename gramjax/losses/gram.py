@@ -37,7 +37,8 @@ def gram_loss(
     (`matching_loss`).
 
     The volume is blind to sign: embeddings trained from scratch by this loss alone may settle anti-parallel. Adding
-    `pairwise_infonce_loss` prevents it. See `gramjax.scores` for the bias between items.
+    `pairwise_infonce_loss` prevents it. See `gramjax.scores` for the bias between items. An item with more modalities
+    present than `dim` has volume 0 whatever they are: a batch of such items teaches nothing.
 
     Args:
       embeddings: `[batch, modality, dim]`, unit vectors, at least 2 modalities.
