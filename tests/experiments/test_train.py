@@ -1,6 +1,7 @@
 """The training script on a made-up data set: it learns, stops, goes on bit for bit, and refuses what cannot work."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
