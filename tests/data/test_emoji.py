@@ -14,6 +14,7 @@ from gramjax.data.emoji import assets, speech
 from tests.damage import cut, flip
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_is_redone_and_two_at_once_are_safe(preparation):
     assert preparation.remains, "the killed preparation left nothing: it was not killed half-way"
     assert preparation.printed == ["321", "321"]

@@ -90,6 +90,7 @@ def test_half_precision_trains_every_parameter_in_float32(half):
         assert unused or np.abs(value[...]).max() > 0, path
 
 
+@pytest.mark.slow
 def test_random_parts_reach_the_whole_model(half):
     model, loss_and_gradient = half
     ((first, parts), _), ((again, _), _), ((other, others), _) = (
