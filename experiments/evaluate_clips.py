@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiments import report
 from experiments.embed import SCORES
-from experiments.encoding import Loaded, Matcher, embed_items, matched_modalities
+from experiments.encoding import Loaded, Matcher, embed_items, everywhere, matched_modalities
 from experiments.galleries import ClipGallery, clip_gallery, read_gram_config
 from experiments.usage import read_usage
 from gramjax.data import clips
@@ -80,7 +80,7 @@ class EvaluateClips:
     mel_bins: int | None = None
     """Of sound; default: the model's, or 64."""
     batch_size: int = 16
-    """Clips and captions that are embedded at a time."""
+    """Clips and captions that all devices together embed at a time."""
 
     def __post_init__(self):
         for name in ("candidates", "batch_size"):
@@ -156,7 +156,8 @@ def evaluate(options: EvaluateClips) -> dict[str, Any]:
         raise ValueError(f"model must embed captions, got one of {', '.join(config.modalities)}")
     gallery = clip_gallery(config, folder, _wanted(options), vocabulary=options.vocabulary)
     match_with = matched_modalities(config, gallery.modalities, options.match or read_usage(options.model).condition)
-    model = gallery.load(options.model)  # Last, as it may be large and what was asked for impossible.
+    # Last, as it may be large and what was asked for impossible.
+    model = gallery.load(options.model, shardings=everywhere)
     with tempfile.TemporaryDirectory(dir=_output(options), prefix=".conditions-") as conditions:
         batches = gallery.batches(folder, options.batch_size)
         batches = _silenced(batches) if options.absent == "silence" else batches
