@@ -18,7 +18,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments.cli import one_line_errors
-from experiments.encoding import embed_items
+from experiments.encoding import embed_items, everywhere
 from experiments.galleries import (
     ClipGallery,
     EmojiGallery,
@@ -75,6 +75,7 @@ class Embed:
     mel_bins: int | None = None
     """Of sound."""
     batch_size: int = 16
+    """Clips that all devices together embed at a time."""
     overwrite: bool = False
     """Replace the index that is there."""
 
@@ -129,7 +130,8 @@ def main(options: Embed) -> None:
         gallery = clip_gallery(read_gram_config(options.model), folder, _wanted(options), vocabulary=options.vocabulary)
         items = [_item(clip) for clip in folder.annotations]
         batches, report = gallery.batches(folder, options.batch_size), folder.report
-        model = gallery.load(options.model)  # Last, as it may be large and what was asked for impossible.
+        # Last, as it may be large and what was asked for impossible.
+        model = gallery.load(options.model, shardings=everywhere)
     progress = tqdm(batches, total=-(-len(items) // options.batch_size), unit="batch", disable=None)
     embeddings, where = embed_items(model, progress, gallery.modalities)
     unreadable = report.unreadable

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gramjax.data.wordpiece import WordPieceTokenizer
 from gramjax.encoders import BERTConfig
 from gramjax.models import GramConfig, GramModel
+from gramjax.training import data_mesh, shard_batch
 
 # By which the published models learn to match, in this order.
 MATCHED = ("vision", "audio")
@@ -28,6 +30,8 @@ def embed_items(
     conditions: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embeds all items, and perhaps keeps what texts are matched with, for `Matcher`.
+
+    Each of the devices that hold the model (`everywhere`) embeds a part of every batch.
 
     Args:
       model: with a fusion tower, if anything is matched.
@@ -48,10 +52,11 @@ def embed_items(
         embedded = model.project({name: tokens[name] for name in modalities}, batch)
         return embedded, {name: model.condition(tokens, (name,)) for name in match_with}
 
+    mesh = _mesh(variables)
     embeddings, present, done = [], [], 0
     for batch, where in batches:
         present.append(np.stack([where[name] for name in modalities], axis=1))
-        embedded, parts = jax.device_get(run(variables, batch))
+        embedded, parts = jax.device_get(run(variables, _divided(batch, mesh)))
         embeddings.append(np.stack([embedded[name] for name in modalities], axis=1)[: len(present[-1])])
         for row in range(len(present[-1])):
             if there := [parts[name][row] for name in match_with if where[name][row]]:
@@ -64,12 +69,14 @@ def embed_items(
 class Matcher:
     """How well texts match items, by the model's fusion tower and matching head: for `gramjax.reranking.match_pairs`.
 
-    An item is matched by what it has; one that has nothing of what is matched comes last.
+    An item is matched by what it has; one that has nothing of what is matched comes last. Each of the devices that hold
+    the model matches a part of the texts.
     """
 
     def __init__(self, model: GramModel, conditions: Path):
         """Args: the model, and the folder that `embed_items` filled."""
         graphdef, self._variables = nnx.split(model)
+        self._mesh = _mesh(self._variables)
         self._conditions = conditions
         self._cache = jax.jit(lambda variables, condition: nnx.merge(graphdef, variables).cache_condition(condition))
         # yes - no: the order of the published softmax(logits)[:, 1], which rounds to 1 for all good ones
@@ -84,9 +91,10 @@ class Matcher:
 
     def match(self, texts: Mapping[str, np.ndarray], condition: Any) -> Any:
         """Difference of the matching head's logits, one for each text."""
+        count = len(texts["ids"])
         if condition is None:
-            return np.full(len(texts["ids"]), -np.inf)
-        return self._match(self._variables, texts, condition)
+            return np.full(count, -np.inf)
+        return self._match(self._variables, _divided(texts, self._mesh), condition)[:count]
 
 
 def matched_modalities(config: GramConfig, able: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
@@ -118,6 +126,28 @@ def read_tokenizer(vocabulary: Path, config: GramConfig) -> WordPieceTokenizer:
                 f"got {tokenizer.vocabulary_size} in {vocabulary}"
             )
     return tokenizer
+
+
+def everywhere(tree: Any) -> Any:
+    """Places for `load_model`: a copy on every device."""
+    whole = NamedSharding(data_mesh(), PartitionSpec())
+    return jax.tree.map(lambda _: whole, tree)
+
+
+def _mesh(variables: Any) -> Mesh:
+    """The devices that hold a model."""
+    devices = jax.tree.leaves(variables)[0].sharding.device_set
+    return data_mesh(sorted(devices, key=lambda device: device.id))
+
+
+def _divided(batch: Any, mesh: Mesh) -> Any:
+    """A batch over the devices of a mesh, filled up with its last row so that each has as many rows."""
+
+    def fill(rows: np.ndarray) -> np.ndarray:
+        missing = -len(rows) % mesh.size
+        return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
+
+    return shard_batch(jax.tree.map(fill, batch), mesh)
 
 
 def _file(folder: Path, item: int) -> Path:

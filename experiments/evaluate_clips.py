@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiments import report
 from experiments.embed import SCORES
-from experiments.encoding import Loaded, Matcher, embed_items, matched_modalities
+from experiments.encoding import Loaded, Matcher, embed_items, everywhere, matched_modalities
 from experiments.galleries import ClipGallery, clip_gallery, read_gram_config
 from experiments.usage import read_usage
 from gramjax.data import clips
@@ -30,6 +30,8 @@ from gramjax.evaluation import TwoStageRetrieval, two_stage_retrieval
 from gramjax.models import GramModel, to_json
 
 Modality = Literal["vision", "audio", "subtitle", "depth"]
+# What the published code encodes of a clip without sound, or in which nothing is said: zeros, and an empty text.
+SILENT = ("audio", "subtitle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,9 @@ class EvaluateClips:
     """All captions of a clip, or the first alone as the published loader."""
     require: tuple[Modality, ...] = ()
     """Drop clips without a file for these; the published loader drops those without vision or audio."""
+    absent: Literal["masked", "silence"] = "masked"
+    """Clips without sound or subtitles: compared and matched by the rest alone (masked), or, as published, with the
+    embeddings of silence and of an empty text (silence). What else a clip lacks is masked."""
     frames: int | None = None
     """Frames of a clip; default: the model's if it was trained on this data set, else the data set's."""
     slices: int | None = None
@@ -75,7 +80,7 @@ class EvaluateClips:
     mel_bins: int | None = None
     """Of sound; default: the model's, or 64."""
     batch_size: int = 16
-    """Clips and captions that are embedded at a time."""
+    """Clips and captions that all devices together embed at a time."""
 
     def __post_init__(self):
         for name in ("candidates", "batch_size"):
@@ -151,9 +156,12 @@ def evaluate(options: EvaluateClips) -> dict[str, Any]:
         raise ValueError(f"model must embed captions, got one of {', '.join(config.modalities)}")
     gallery = clip_gallery(config, folder, _wanted(options), vocabulary=options.vocabulary)
     match_with = matched_modalities(config, gallery.modalities, options.match or read_usage(options.model).condition)
-    model = gallery.load(options.model)  # Last, as it may be large and what was asked for impossible.
+    # Last, as it may be large and what was asked for impossible.
+    model = gallery.load(options.model, shardings=everywhere)
     with tempfile.TemporaryDirectory(dir=_output(options), prefix=".conditions-") as conditions:
-        batches = _progress(gallery.batches(folder, options.batch_size), len(folder), options.batch_size, "clips")
+        batches = gallery.batches(folder, options.batch_size)
+        batches = _silenced(batches) if options.absent == "silence" else batches
+        batches = _progress(batches, len(folder), options.batch_size, "clips")
         modalities = gallery.modalities
         vectors, where = embed_items(model, batches, modalities, match_with=match_with, conditions=Path(conditions))
         if not where.any():
@@ -161,11 +169,15 @@ def evaluate(options: EvaluateClips) -> dict[str, Any]:
             raise ValueError(f"none of {len(folder)} clips can be read; the first: {reasons[0]}")
         embedded = Embedded(model, gallery, vectors, where, Matcher(model, Path(conditions)), options)
         figures = {"retrieval": _retrieval(embedded, folder), "classification": _classification(embedded, folder)}
+    lacking = {
+        name: len(folder.report.missing[name]) + len(folder.report.unreadable.get(name, ())) for name in modalities
+    }
     return {
         "model": str(options.model),
         "config": gallery.config.name,
         "clips": len(folder),
-        "present": {name: int(count) for name, count in zip(modalities, where.sum(axis=0))},
+        "present": {name: len(folder) - count for name, count in lacking.items()},
+        "absent": options.absent,
         "score": options.score,
         "candidates": options.candidates,
         "match": list(match_with),
@@ -201,10 +213,12 @@ def _classification(embedded: Embedded, folder: clips.ClipFolder) -> dict[str, A
 def markdown(results: dict[str, Any]) -> str:
     """`results.md`."""
     clips_read = ", ".join(f"{count} {name}" for name, count in results["present"].items())
+    silence = " and silence in the place of absent sound and subtitles" if results["absent"] == "silence" else ""
     parts = [
         f"# {results['config']}: {results['clips']} clips",
-        f"Model {results['model']}; clips with {clips_read}. First stage by {results['score']}; second: the best "
-        f"{results['candidates']} in the order of the matching head, which reads {' and '.join(results['match'])}.",
+        f"Model {results['model']}; clips with {clips_read}{silence}. "
+        f"First stage by {results['score']}; second: the best {results['candidates']} in the order of the matching "
+        f"head, which reads {' and '.join(results['match'])}.",
     ]
     stages = ("first stage", "second stage")
     if "retrieval" in results:
@@ -273,6 +287,13 @@ def _output(options: EvaluateClips) -> Path:
     output = options.output or model.with_name(f"{model.name}-evaluation-{_data_set(options)}")
     output.mkdir(parents=True, exist_ok=True)
     return output
+
+
+def _silenced(batches: Iterable[Loaded]) -> Iterator[Loaded]:
+    """The same, in which clips that have anything have sound and subtitles: loaders put silence where they have not."""
+    for batch, where in batches:
+        anything = np.any(list(where.values()), axis=0)
+        yield batch, {name: mask | anything if name in SILENT else mask for name, mask in where.items()}
 
 
 def _progress(batches: Iterator[Loaded], count: int, batch_size: int, what: str) -> tqdm:

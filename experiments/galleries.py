@@ -6,7 +6,7 @@ A gallery is a value that is kept with its index, so that queries are treated as
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,10 @@ class ClipGallery:
     vocabulary: str | None = None
 
     @staticmethod
-    def load(path: Path) -> GramModel:
-        """The model of a folder that `experiments.convert` wrote."""
+    def load(path: Path, *, shardings: Callable[[Any], Any] | None = None) -> GramModel:
+        """The model of a folder that `experiments.convert` wrote, on one device or as `load_model` places it."""
         read_gram_config(path)
-        return load_model(path)
+        return load_model(path, shardings=shardings)
 
     @property
     def modalities(self) -> tuple[str, ...]:

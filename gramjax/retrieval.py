@@ -31,6 +31,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,7 @@ class Index:
     @property
     def dtype(self) -> Any:
         """In which scores are computed."""
-        leaves = jax.tree.leaves(self.prepared)
-        return next(leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+        return _dtype(jax.tree.leaves(self.prepared))
 
 
 def build_index(
@@ -279,11 +279,12 @@ def _restore(header: dict, leaves: list[np.ndarray]) -> Index:
     """Puts the arrays back into the tree that the score makes, whose shapes and dtypes they must have."""
     modalities, dim = sizes = [header[name] for name in ("modalities", "dim")]
     sized = all(isinstance(size, int) and size >= 1 for size in sizes)
-    if not (sized and len(leaves) >= 2 and leaves[-1].ndim and np.issubdtype(leaves[0].dtype, np.floating)):
+    dtype = _dtype(leaves)
+    if not (sized and len(leaves) >= 2 and leaves[-1].ndim and dtype is not None):
         raise ValueError("its header or its arrays are not those of an index")
     score = _score_from(header["score"])
     size = leaves[-1].shape[0]
-    gallery = jax.ShapeDtypeStruct((size, modalities, dim), leaves[0].dtype)
+    gallery = jax.ShapeDtypeStruct((size, modalities, dim), dtype)
     where = jax.ShapeDtypeStruct(gallery.shape[:2], bool)
     expected = jax.eval_shape(lambda gallery, where: _prepare(score, gallery, where), gallery, where)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]
@@ -291,6 +292,11 @@ def _restore(header: dict, leaves: list[np.ndarray]) -> Index:
         raise ValueError(f"its arrays are not those of a gallery of shape {gallery.shape} for {score}")
     prepared, usable = jax.tree.unflatten(jax.tree.structure(expected), [jnp.asarray(leaf) for leaf in leaves])
     return Index(prepared, usable, score, *gallery.shape[1:])
+
+
+def _dtype(leaves: Sequence[Any]) -> Any:
+    """That of the vectors: a score may prepare counts and masks as well."""
+    return next((leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)), None)
 
 
 def _describe(score: Score) -> dict:

@@ -1,5 +1,6 @@
 """The index against float64 brute force, by how many modalities the items have."""
 
+import dataclasses
 import io
 import json
 import zipfile
@@ -129,6 +130,23 @@ def test_saved_and_loaded(score, tmp_path):
     assert loaded.score == score
 
 
+@dataclasses.dataclass(frozen=True)
+class Counted(scores.Cosine):
+    """Prepares more than vectors, and not the vectors first."""
+
+    def prepare(self, gallery, where):
+        return jnp.sum(where, axis=1), super().prepare(gallery, where)
+
+
+def test_what_is_prepared_need_not_begin_with_vectors(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "Counted", Counted, raising=False)
+    index = retrieval.build_index(jnp.eye(3)[:, None], score=Counted())
+    retrieval.save_index(index, tmp_path / "index.npz")
+    loaded = retrieval.load_index(tmp_path / "index.npz")
+    assert index.dtype == loaded.dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, loaded, index)
+
+
 @pytest.fixture
 def saved(tmp_path):
     retrieval.save_index(retrieval.build_index(jnp.ones((4, 2, 3))), tmp_path / "index.npz")
@@ -170,7 +188,11 @@ def _with_header(**changes):
         (_with_header(score={"class": "Volume", "precision": ["HIGHEST"]}), "precision of its score is"),
         (_with_header(dim=-5), "header or its arrays are not those of an index"),
         (_with_header(modalities=0), "header or its arrays are not those of an index"),
-        (lambda arrays: arrays.update(leaf0=arrays["leaf0"].astype(int)), "header or its arrays are not those"),
+        (lambda arrays: arrays.update(leaf0=arrays["leaf0"].astype(int)), "arrays are not those of a gallery"),
+        (
+            lambda arrays: arrays.update({n: a.astype(int) for n, a in arrays.items() if n != "header"}),
+            "header or its arrays are not those",
+        ),
         (_with_header(dim="5"), "header or its arrays are not those of an index"),
         (lambda arrays: arrays.update(header=np.array("[1]")), "its header is no mapping"),
     ],

@@ -118,6 +118,20 @@ def test_all_problems_are_listed_by_name(tmp_path, golden_state_dict):
         assert any(line.startswith(start) for line in lines), lines
 
 
+def test_patches_of_another_size_are_refused_by_name():
+    """Positions may be interpolated, patches may not: the kernel is named, with its shape and the one needed."""
+    smaller = replace(VISION, image_size=28, patch_size=7)
+    needed = r"patch_embed\.proj\.weight \(48, 3, 14, 14\) cannot become .*kernel \(7, 7, 3, 48\)"
+    whole = replace(gram_tiny(), towers={**gram_tiny().towers, "vision": smaller})
+    for file, config, prefix in (
+        ("eva_tiny_fp16.pt", smaller, ""),
+        ("gram_tiny_ddp.pt", whole, r"vision_encoder\.visual\."),
+    ):
+        with pytest.raises(ValueError, match=rf"\n  wrong shape: {prefix}{needed}") as caught:
+            load_torch(GOLDEN / file, config, other_image_size=True)
+        assert str(caught.value).count("\n") == 1
+
+
 def test_shapes_are_checked_before_values_are_read(tmp_path, monkeypatch, golden_state_dict):
     tensors = golden_state_dict("eva_tiny")
     write_torch_file(tmp_path / "f.pt", tensors)

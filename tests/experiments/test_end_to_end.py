@@ -74,6 +74,14 @@ def results(converted):
     return json.loads((converted.model.parent / "model-evaluation-didemo" / "results.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def silence_results(converted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("silence")
+    evaluate_clips.main(dataclasses.replace(converted.options, absent="silence", output=folder))
+    assert "silence in the place of absent sound" in (folder / "results.md").read_text()
+    return json.loads((folder / "results.json").read_text())
+
+
 class Truth(NamedTuple):
     """Every caption, and the name of every class, against every clip, one clip at a time and without caches."""
 
@@ -89,7 +97,8 @@ def model(converted):
 
 
 @pytest.fixture(scope="module")
-def truth(clip_index, converted, model) -> Truth:
+def truths(clip_index, converted, model) -> dict[str, Truth]:
+    """With clips as they are, and with silence for those that have frames and no sound."""
     tokenizer = WordPieceTokenizer(clip_index.vocabulary)
     captions = [(text, i) for i, row in enumerate(ROWS[:-1]) for text in np.atleast_1d(row["desc"]).tolist()]
     texts = tokenizer([*(text for text, _ in captions), *CLASSES], 64)
@@ -104,21 +113,31 @@ def truth(clip_index, converted, model) -> Truth:
         logits = model.match(texts, jnp.repeat(condition, len(texts["ids"]), axis=0))
         return embedded, logits[:, 1] - logits[:, 0]
 
-    volumes, matches = np.full((2, len(texts["ids"]), len(PRESENT)), [[[np.nan]], [[-np.inf]]])
-    for number, (name, letters) in enumerate(PRESENT.items()):
-        clip = {}
-        if "v" in letters:
-            clip["vision"] = vision.preprocess_frames(media.read_frames(files[name], 4), size=42)[None]
-        if "a" in letters:
-            sound = media.read_audio(files[name])
-            clip["audio"] = audio.log_mel_slices(*sound, slice_frames=64, num_mel_bins=32)[None]
-        if not clip:
-            continue
-        embedded, matches[:, number] = jax.device_get(compare(variables, texts, clip))
-        vectors = np.stack([np.broadcast_to(embedded[m], embedded["caption"].shape) for m in ("caption", *clip)], 1)
-        gram = np.einsum("tid,tjd->tij", *[vectors.astype(np.float64)] * 2)
-        volumes[:, number] = np.sqrt(np.abs(np.linalg.det(gram)))
-    return Truth([text for text, _ in captions], np.array([i for _, i in captions]), volumes, matches)
+    def truth(absent) -> Truth:
+        volumes, matches = np.full((2, len(texts["ids"]), len(PRESENT)), [[[np.nan]], [[-np.inf]]])
+        for number, (name, letters) in enumerate(PRESENT.items()):
+            clip = {}
+            if "v" in letters:
+                clip["vision"] = vision.preprocess_frames(media.read_frames(files[name], 4), size=42)[None]
+            if "a" in letters:
+                sound = media.read_audio(files[name])
+                clip["audio"] = audio.log_mel_slices(*sound, slice_frames=64, num_mel_bins=32)[None]
+            elif clip and absent == "silence":
+                clip["audio"] = np.zeros((1, 1, 64, 32), np.float32)
+            if not clip:
+                continue
+            embedded, matches[:, number] = jax.device_get(compare(variables, texts, clip))
+            vectors = np.stack([np.broadcast_to(embedded[m], embedded["caption"].shape) for m in ("caption", *clip)], 1)
+            gram = np.einsum("tid,tjd->tij", *[vectors.astype(np.float64)] * 2)
+            volumes[:, number] = np.sqrt(np.abs(np.linalg.det(gram)))
+        return Truth([text for text, _ in captions], np.array([i for _, i in captions]), volumes, matches)
+
+    return {absent: truth(absent) for absent in ("masked", "silence")}
+
+
+@pytest.fixture(scope="module")
+def truth(truths) -> Truth:
+    return truths["masked"]
 
 
 def figures(ranks):
@@ -140,18 +159,44 @@ def second_rank(goodness, matches, right, k):
     return rank(matches[candidates], right[candidates]) if right[candidates].any() else rank(goodness, right)
 
 
+@pytest.mark.parametrize("absent", ["masked", "silence"])
 @pytest.mark.parametrize(("way", "queries", "gallery"), [("text_to_item", 10, 7), ("item_to_text", 7, 10)])
-def test_the_evaluation_is_that_of_every_pair_alone(results, truth, way, queries, gallery):
+def test_the_evaluation_is_that_of_every_pair_alone(results, silence_results, truths, way, queries, gallery, absent):
+    truth, found = truths[absent], (results if absent == "masked" else silence_results)["retrieval"][way]
     goodness = np.where(np.isnan(truth.volumes), -np.inf, -truth.volumes)
     tables = [goodness[:10], truth.matches[:10], truth.owner[:, None] == np.arange(7)]
     goodness, matches, right = tables if way == "text_to_item" else [table.T for table in tables]
     assert goodness.shape == (queries, gallery)
-    found = results["retrieval"][way]
     first = [rank(*row) for row in zip(goodness, right)]
     second = [second_rank(*row, k=7) for row in zip(goodness, matches, right)]
     assert found["first stage"] == pytest.approx(figures(first), abs=1e-6)
     assert found["second stage"] == pytest.approx(figures(second), abs=1e-6)
     assert first != second
+
+
+def test_silence_stands_for_absent_sound_and_subtitles(results, silence_results, truths, clip_index):
+    """It changes what is found, and neither clips that have all nor those that have nothing."""
+    assert silence_results["retrieval"] != results["retrieval"]
+    assert (results["absent"], silence_results["absent"]) == ("masked", "silence")
+    assert silence_results["present"] == results["present"]
+    changed = [
+        name
+        for name, *tables in zip(PRESENT, *(truth.volumes.T for truth in truths.values()))
+        if not np.array_equal(*tables, equal_nan=True)
+    ]
+    assert changed == ["blue"]
+    contents = embed.read_index(clip_index.index)[1]
+    folder = embed._folder(clip_index.options)
+    ((batch, before),) = contents.gallery.batches(folder, 6)
+    ((silenced, after),) = evaluate_clips._silenced([(batch, before)])
+    assert silenced is batch
+    names = [clip.id for clip in folder.annotations]
+    present = {name: [one for one, there in zip(names, mask) if there] for name, mask in after.items()}
+    anything = [name for name in names if name != "broken"]
+    assert present == {"vision": ["red", "blue", "green"], "audio": anything, "subtitle": anything}
+    assert not batch["audio"][names.index("blue")].any()
+    for clip, count in (("blue", 2), ("green", 4)):  # [CLS] [SEP], and words between
+        assert batch["subtitle"]["mask"][names.index(clip)].sum() == count
 
 
 def test_what_was_read_is_said(results, truth):

@@ -28,7 +28,7 @@ from gramjax.checkpoints import (
 )
 from gramjax.data.clips import ClipConfig
 from gramjax.models import gram_tiny, to_json
-from gramjax.training import MetricWriter, by_name, data_mesh, parameter_shardings, warmup_linear
+from gramjax.training import MetricWriter, by_name, data_mesh, parameter_shardings, shard_batch, warmup_linear
 from tests.experiments.conftest import TRAINED_ON, WORDS
 
 
@@ -189,49 +189,81 @@ def test_a_stopped_run_goes_on_bit_for_bit(root, uninterrupted, tmp_path, monkey
     )
 
 
+LARGE = functools.partial(parameter_shardings, min_size=64)  # as if the small model were large
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [GramTerms(), PMRLTerms()])
-def test_divided_parameters_and_batches_do_not_change_it(root, tmp_path, monkeypatch, objective):
-    assert clip_task.train_on_clips(make_config(root, tmp_path / "one", objective=objective, export=False)) is None
+def test_divided_parameters_and_batches_do_not_change_a_run(root, uninterrupted, tmp_path, monkeypatch):
+    """From the file to the exported model, with its checkpoints."""
+    monkeypatch.setattr(clip_task, "parameter_shardings", LARGE)
     set_up(monkeypatch, devices=4)
-    several = make_config(root, tmp_path / "several", objective=objective, shard_parameters=True, remat=True)
-    assert clip_task.train_on_clips(several) is None
-    for ours, theirs in zip(metrics_of(tmp_path / "several"), metrics_of(tmp_path / "one"), strict=True):
+    assert clip_task.train_on_clips(make_config(root, tmp_path, shard_parameters=True, remat=True)) is None
+    for ours, theirs in zip(metrics_of(tmp_path), metrics_of(uninterrupted), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-    assert (tmp_path / "several" / "model").exists()
+    models = (load_model(run_dir / "model") for run_dir in (tmp_path, uninterrupted))
+    chex.assert_trees_all_close(*map(nnx.state, models), atol=1e-3)
+
+
+def assert_divided(tree, mesh):
+    """What counts as large is in eight parts, one a device, and that is nearly everything."""
+    for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(LARGE(tree, mesh)), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        parts = {shard.data.size for shard in leaf.addressable_shards}
+        assert parts == {leaf.size if place.is_fully_replicated else leaf.size // 8}
+    sizes = dict.fromkeys((True, False), 0)
+    for leaf in jax.tree.leaves(tree):
+        sizes[leaf.sharding.is_fully_replicated] += leaf.size
+    assert sizes[True] < 0.05 * sizes[False]
 
 
 def test_no_device_ever_holds_a_whole_parameter(root, tmp_path, monkeypatch):
     """On the way from the file to the state at step 0, and of that neither parameters nor the optimizer's moments."""
-    rule = functools.partial(parameter_shardings, min_size=64)  # as if the small model were large
-    monkeypatch.setattr(clip_task, "parameter_shardings", rule)
+    monkeypatch.setattr(clip_task, "parameter_shardings", LARGE)
     mesh, loaded = data_mesh(), []
 
     def load(path, **options):
         loaded.append(load_model(path, **options))
         return loaded[0]
 
-    def assert_divided(tree):
-        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(rule(tree, mesh)), strict=True):
-            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-            parts = {shard.data.size for shard in leaf.addressable_shards}
-            assert parts == {leaf.size if place.is_fully_replicated else leaf.size // 8}
-        sizes = dict.fromkeys((True, False), 0)
-        for leaf in jax.tree.leaves(tree):
-            sizes[leaf.sharding.is_fully_replicated] += leaf.size
-        assert sizes[True] < 0.05 * sizes[False]
-
     with monkeypatch.context() as patch:
         patch.setattr(clip_task, "load_model", load)
         plan = clip_task.make_plan(make_config(root, tmp_path, shard_parameters=True), 4)
         _, target, start, _ = clip_task.build(plan, mesh)
         state = start()
-    assert_divided(nnx.state(loaded[0]))
-    assert_divided(state)
+    assert_divided(nnx.state(loaded[0]), mesh)
+    assert_divided(state, mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, target) == jax.tree.map(lambda leaf: leaf.sharding, state)
     plan = clip_task.make_plan(make_config(root, tmp_path), 1)
     _, _, start, _ = clip_task.build(plan, data_mesh(jax.devices()[:1]))
     chex.assert_trees_all_equal(*(jax.device_get(dataclasses.replace(one, rng=0)) for one in (state, start())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [GramTerms(), PMRLTerms()])
+def test_divided_steps_are_the_whole_ones_and_stay_divided(root, tmp_path, monkeypatch, objective):
+    """Over eight devices, parameters and the optimizer's moments in parts, against one device."""
+    monkeypatch.setattr(clip_task, "parameter_shardings", LARGE)
+    clips = iter(clip_task.make_loader(clip_task.make_plan(make_config(root, tmp_path), 1), train=True))
+    batches = [jax.tree.map(lambda *rows: np.concatenate(rows), next(clips), next(clips)) for _ in range(3)]
+
+    def train(devices, **changes):
+        mesh, logged = data_mesh(devices), []
+        plan = clip_task.make_plan(make_config(root, tmp_path, objective=objective, **changes), 1)
+        task = clip_task.make_task(plan, mesh)
+        state = task.start()
+        for batch in batches:
+            state, metrics = task.step(state, shard_batch(batch, mesh))
+            logged.append({name: float(value) for name, value in metrics.items()})
+            if changes:
+                assert_divided(state, mesh)
+        return state, logged
+
+    state, logged = train(jax.devices(), shard_parameters=True, remat=True)
+    whole, expected = train(jax.devices()[:1])
+    assert len({line["loss"] for line in expected}) == 3  # it was trained
+    for ours, theirs in zip(logged, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    chex.assert_trees_all_close(*jax.device_get((state.opt_state, whole.opt_state)), rtol=1e-3, atol=1e-6)
 
 
 def test_other_clips_in_the_same_directory_are_refused(root, uninterrupted, tmp_path):
