@@ -118,6 +118,7 @@ def test_metrics_have_every_step_once(uninterrupted):
     assert rates == sorted(rates, reverse=True)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     """Held-out combinations of patterns are found by their two words."""
     assert run(tmp_path, steps=200, log_every=50, validate_every=200, optimizer=Optimizer(1e-2, warmup_steps=10))
@@ -372,6 +373,7 @@ def test_load_run_without_a_run(tmp_path):
         runs.load_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_all_terms_and_bfloat16_towers_train(tmp_path):
     terms = dataclasses.replace(EVERY_TERM, triangle=Contrastive())  # two modalities here
     assert run(tmp_path, objective=terms, dtype="bfloat16", steps=3)
