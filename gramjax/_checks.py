@@ -12,14 +12,22 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 
-def as_array(name: str, value) -> Array:
-    """`value` as an array."""
+def as_array(name: str, value, needed: str = "an array") -> Array:
+    """`value` as an array; integers that JAX would cut to 32 bits without a word are refused."""
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be one array, got a mapping of {list(value)}; see gramjax.stack_modalities.")
+    if isinstance(value, np.ndarray | np.generic) and np.issubdtype(value.dtype, np.integer):
+        narrow = dtypes.canonicalize_dtype(value.dtype)
+        if (cut := value.astype(narrow) != value).any():
+            raise ValueError(
+                f"{name} must fit {narrow} unless jax_enable_x64 is on, got {np.asarray(value)[cut][0]}; "
+                "numpy.unique(..., return_inverse=True) makes small integers of large ones."
+            )
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array, got {type(value).__name__}.") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        got = f"of dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise TypeError(f"{name} must be {needed}, got {got}.") from error
 
 
 def floating(name: str, value, axes: Sequence[str]) -> Array:
@@ -78,14 +86,20 @@ def ids(name: str, value, batch: int, axis: str = "batch") -> Array:
     return array
 
 
+def integer(name: str, value, needed: str = "an integer") -> int:
+    """`value` as a Python integer."""
+    if isinstance(value, bool | Tracer) or not hasattr(value, "__index__"):
+        got = "a traced value (see static_argnames)" if isinstance(value, Tracer) else type(value).__name__
+        raise TypeError(f"{name} must be {needed}, got {got}.")
+    return int(value)
+
+
 def size(name: str, value: int, *, or_none: bool = True) -> int:
     """`value` as an integer of at least 1; `or_none`: whether the caller takes None as well."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        needed = "an integer of at least 1" + ", or None" * or_none
-        raise TypeError(f"{name} must be {needed}, got {type(value).__name__}.")
+    value = integer(name, value, "an integer of at least 1" + ", or None" * or_none)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
-    return int(value)
+    return value
 
 
 def weights(name: str, value, batch: int) -> Array:
@@ -93,22 +107,28 @@ def weights(name: str, value, batch: int) -> Array:
     array = per_example(name, value, batch)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name} must be real numbers of shape [batch] = ({batch},), got dtype {array.dtype}.")
-    if batch and is_concrete(value) and not (least := np.asarray(value).min()) >= 0:
-        raise ValueError(f"{name} must not be negative or NaN, got {least} among them.")
+    if batch and is_concrete(value):
+        known = np.asarray(value)
+        if not np.all(fit := (known >= 0) & (known < np.inf)):
+            raise ValueError(f"{name} must be finite and not negative, got {known[~fit][0]} among them.")
     return array
 
 
 def positive(name: str, value, dtype) -> Array:
     """`value` as a positive scalar of `dtype`; the sign is checked when the value is concrete."""
-    scalar = real_scalar(name, value, dtype)
-    if not isinstance(value, Tracer) and not (float(value) > 0 and math.isfinite(float(value))):
-        raise ValueError(f"{name} must be positive and finite, got {float(value)}.")
+    scalar = _scalar(name, value, dtype)
+    if not isinstance(value, Tracer):
+        known, limits = float(value), jnp.finfo(dtype)
+        # Smaller ones count as 0 where they are computed with.
+        if not float(limits.tiny) <= known <= float(limits.max):
+            why = f" (0 or infinite in {jnp.dtype(dtype)})" if 0 < known < math.inf else ""
+            raise ValueError(f"{name} must be positive and finite, got {known}{why}.")
     return scalar
 
 
 def between(name: str, value, least: float, most: float | None, dtype) -> Array:
     """`value` as a scalar of `dtype`, from `least` to `most` (None: any more); checked when the value is concrete."""
-    scalar = real_scalar(name, value, dtype)
+    scalar = _scalar(name, value, dtype)
     if not isinstance(value, Tracer) and not least <= float(value) <= (math.inf if most is None else most):
         needed = f"at least {least:g}" if most is None else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name} must be {needed}, got {float(value)}.")
@@ -116,8 +136,15 @@ def between(name: str, value, least: float, most: float | None, dtype) -> Array:
 
 
 def real_scalar(name: str, value, dtype) -> Array:
-    """`value` as a scalar of `dtype`."""
-    array = as_array(name, value)
+    """`value` as a finite scalar of `dtype`; whether it is finite is checked when the value is concrete."""
+    scalar = _scalar(name, value, dtype)
+    if not isinstance(value, Tracer) and not abs(float(value)) <= float(jnp.finfo(dtype).max):
+        raise ValueError(f"{name} must be finite in {jnp.dtype(dtype)}, got {float(value)}.")
+    return scalar
+
+
+def _scalar(name: str, value, dtype) -> Array:
+    array = as_array(name, value, "a real scalar")
     if array.shape != ():
         raise ValueError(f"{name} must be a scalar, got shape {array.shape}.")
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
@@ -153,8 +180,7 @@ def is_concrete(value) -> bool:
 
 def index(name: str, value: int, size: int, axis: str) -> int:
     """`value` as a non-negative index into an axis of `size` entries; negative values count from the end."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
+    value = integer(name, value)
     if not -size <= value < size:
         raise ValueError(f"{name} must index the {axis} axis of size {size}, got {value}.")
     return value % size

@@ -18,6 +18,8 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from gramjax import _checks
+
 AxisName = str | tuple[str, ...]
 _Loss = TypeVar("_Loss", bound=Callable[..., Array | tuple[Array, ...]])
 
@@ -26,6 +28,9 @@ def axis_size(axis_name: AxisName | None) -> int:
     """Number of devices along the axis; 1 for None."""
     if axis_name is None:
         return 1
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}.")
     try:
         return jax.lax.axis_size(axis_name)
     except NameError as error:
@@ -33,6 +38,17 @@ def axis_size(axis_name: AxisName | None) -> int:
             "axis_name must name a mesh axis of the jax.shard_map (or pmap) that the call is made in, got "
             f"{axis_name!r}, which is not bound here. For global arrays outside of shard_map pass mesh= as well."
         ) from error
+
+
+def check_whole(*arrays: Array) -> None:
+    """Raises if an array is divided over an axis whose divisions its type tells (`AxisType.Explicit`)."""
+    for array in arrays:
+        spec = jax.typeof(array).sharding.spec
+        if axes := [axis for axis in spec if axis is not None]:
+            raise ValueError(
+                f"mesh must be given for arrays divided over an Explicit mesh axis, got one of shape {array.shape} "
+                f"divided over {axes} without it."
+            )
 
 
 def position(axis_name: AxisName | None) -> Array | int:
@@ -120,13 +136,17 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
             given = signature.bind(*args, **kwargs).arguments
             mesh = given.pop("mesh")
             axis_name, devices = axis_of(mesh, given.pop("axis_name", None))
-            batched = {name: jnp.asarray(given.pop(name)) for name in divided if given.get(name) is not None}
+            batched = {name: _checks.as_array(name, given.pop(name)) for name in divided if given.get(name) is not None}
             for name, array in batched.items():
                 if array.ndim == 0 or array.shape[0] % devices:
                     raise ValueError(
                         f"{name} must have a first axis that divides over the {devices} devices of mesh axis "
                         f"{axis_name!r}, got shape {array.shape}."
                     )
+            if "weights" in batched and batched["weights"].ndim:
+                _checks.weights(
+                    "weights", batched["weights"], len(batched["weights"])
+                )  # their values, known here alone
             # A scalar that is known stays known inside, so that it is checked there.
             given = {name: np.asarray(x) if _is_known_scalar(x) else x for name, x in given.items()}
             arrays = {name: given.pop(name) for name in list(given) if isinstance(given[name], jax.Array)}

@@ -27,7 +27,7 @@ def stack_modalities(
       `loss(embeddings, where=where)`.
 
     Raises:
-      TypeError: if a dtype is not floating point, or a mask not bool.
+      TypeError: if `embeddings` or `where` is no mapping, a dtype is not floating point, or a mask not bool.
       ValueError: if there is nothing to stack, shapes or dtypes differ, or a name repeats or is unknown.
 
     >>> both = {"text": jnp.ones((4, 8)), "audio": jnp.ones((4, 8))}
@@ -36,6 +36,9 @@ def stack_modalities(
     ((4, 3, 8), [True, False, True])
     """
     where = {} if where is None else where
+    for argument, value in (("embeddings", embeddings), ("where", where)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{argument} must be a mapping of modality names to arrays, got {type(value).__name__}.")
     names = list(embeddings if order is None else order)
     given = [name for name in names if name in embeddings]
     if len(set(names)) != len(names):

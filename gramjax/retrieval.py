@@ -38,11 +38,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from gramjax import _checks, _devices, scores
-from gramjax.scores import Score, Volume
+from gramjax.scores import Score, Volume, check_score
 from gramjax.streaming import search as streamed
 
 _FORMAT = "gramjax index 1"
@@ -93,8 +94,11 @@ def build_index(
     4
     """
     gallery = _checks.floating("gallery", gallery, ("items", "modality", "dim"))
-    if not gallery.shape[0]:
-        raise ValueError(f"gallery must hold at least one item, got shape {gallery.shape} ([items, modality, dim]).")
+    if not all(gallery.shape):
+        raise ValueError(
+            f"gallery must hold at least one item of one modality, got shape {gallery.shape} ([items, modality, dim])."
+        )
+    check_score(score)
     where = _checks.mask("where", where, gallery.shape[:2], "[items, modality]")
     prepared, usable = _prepare(score, jnp.where(where[..., None], gallery, 0.0), where)
     return Index(prepared, usable, score, *gallery.shape[1:])
@@ -135,8 +139,9 @@ def search(
     >>> search(build_index(jnp.eye(3)[:, None], score=Cosine()), jnp.array([[0.0, 0.6, 0.8]]), k=2)[1]
     Array([[2, 1]], dtype=int32)
     """
+    queries = _check_queries(index, queries)
     return streamed.top_k_of(
-        index.score, _check_queries(index, queries), (index.prepared, index.usable), k, query_where=where,
+        index.score, queries, (index.prepared, index.usable), k, query_where=where,
         load=_as_it_is, block_size=block_size, axis_name=axis_name, mesh=mesh,
     )  # fmt: skip
 
@@ -177,8 +182,9 @@ def ranks(
     >>> float(metrics.recall_at_k(ranks(index, jnp.eye(3)), 1))
     1.0
     """
+    queries = _check_queries(index, queries)
     return streamed.ranks_of(
-        index.score, _check_queries(index, queries), (index.prepared, index.usable), query_ids=query_ids,
+        index.score, queries, (index.prepared, index.usable), query_ids=query_ids,
         gallery_ids=gallery_ids, query_where=where, load=_as_it_is, block_size=block_size, axis_name=axis_name,
         mesh=mesh,
     )  # fmt: skip
@@ -193,7 +199,7 @@ def save_index(index: Index, path: str | os.PathLike) -> None:
 
     Raises:
       TypeError: if the score is not one of `gramjax.scores`; save the gallery then, and build the index again.
-      ValueError: if `path` is a folder, lies in none, or is a file that is no index.
+      ValueError: if `path` is a folder, lies in none, or is a file that is no index, or the index has been altered.
     """
     _check_replaceable(path)
     path = Path(path)
@@ -203,12 +209,15 @@ def save_index(index: Index, path: str | os.PathLike) -> None:
         "modalities": index.modalities,
         "dim": index.dim,
     }
-    leaves: Any = {
-        f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((index.prepared, index.usable)))
-    }
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((index.prepared, index.usable))]
+    try:
+        _restore(header, leaves)
+    except ValueError as error:
+        raise ValueError(f"index must be as build_index makes it, to be read again: {error}") from error
+    arrays: Any = {f"leaf{i}": leaf for i, leaf in enumerate(leaves)}
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            np.savez(file, header=np.array(json.dumps(header)), **leaves)
+            np.savez(file, header=np.array(json.dumps(header)), **arrays)
             file.flush()
             os.fsync(file.fileno())
             # Temporary files are their owner's alone; an index is as readable as any new file.
@@ -282,6 +291,8 @@ def _restore(header: dict, leaves: list[np.ndarray]) -> Index:
     dtype = _dtype(leaves)
     if not (sized and len(leaves) >= 2 and leaves[-1].ndim and dtype is not None):
         raise ValueError("its header or its arrays are not those of an index")
+    if dtype != dtypes.canonicalize_dtype(dtype):
+        raise ValueError(f"its vectors are {dtype}, which needs jax_enable_x64")
     score = _score_from(header["score"])
     size = leaves[-1].shape[0]
     gallery = jax.ShapeDtypeStruct((size, modalities, dim), dtype)
@@ -325,7 +336,9 @@ def _score_from(description: Any) -> Score:
 
 
 def _check_queries(index: Index, queries) -> Array:
-    queries = jnp.asarray(queries)
+    if not isinstance(index, Index):
+        raise TypeError(f"index must be one that build_index or load_index made, got {type(index).__name__}.")
+    queries = _checks.as_array("queries", queries)
     if jnp.issubdtype(queries.dtype, jnp.floating):
         queries = queries.astype(index.dtype)
     if queries.ndim and queries.shape[-1] != index.dim:

@@ -500,9 +500,18 @@ def score_matrix(
     >>> score_matrix(Residual(), jnp.array([[0.6, 0.8]]), jnp.array([[[1.0, 0.0]]])).shape
     (1, 1)
     """
+    check_score(score)
     queries, gallery, where = check_inputs(queries, gallery, gallery_where)
     scores = score.tile(queries, score.prepare(gallery, where))
     return jnp.where(score.usable(where)[None, :], scores, -jnp.inf if score.higher_is_better else jnp.inf)
+
+
+def check_score(score: Any) -> None:
+    """Raises unless `score` is a score object."""
+    if isinstance(score, type) or not isinstance(score, Score):
+        kind = score.__name__ if isinstance(score, type) else type(score).__name__
+        hint = f"the class {kind}" if isinstance(score, type) else kind
+        raise TypeError(f"score must be a score object, such as gramjax.scores.Volume(), got {hint}.")
 
 
 def check_inputs(queries, gallery, gallery_where) -> tuple[Array, Array, Array]:

@@ -25,6 +25,8 @@ def test_default_order_is_the_dictionarys():
     ("arguments", "error", "said"),
     [
         (({},), ValueError, "at least one modality"),
+        (([np.ones((2, 3))],), TypeError, "embeddings must be a mapping of modality names to arrays, got list"),
+        (({"a": np.ones((2, 3))}, None, np.ones((2, 1), bool)), TypeError, "where must be a mapping .*, got ndarray"),
         (({"a": np.ones((2, 3))}, ["b"]), ValueError, r"at least one modality of \['b'\], got \['a'\]"),
         (({"a": np.ones((2, 3))}, ["a", "a"]), ValueError, r"must not repeat a name, got \['a', 'a'\]"),
         (({"a": np.ones((2, 3)), "b": np.ones((2, 4))},), ValueError, r"'a' is \(2, 3\) .*'b' is \(2, 4\)"),

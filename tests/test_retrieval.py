@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import zipfile
 
 import jax
@@ -254,6 +255,24 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     assert [file.name for file in saved.parent.iterdir()] == ["index.npz"]
 
 
+def test_only_what_can_be_read_again_is_saved(saved):
+    before = saved.read_bytes()
+    index = retrieval.load_index(saved)
+    halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, index)
+    with pytest.raises(ValueError, match="index must be as build_index makes it, to be read again: its arrays"):
+        retrieval.save_index(halved, saved)
+    assert saved.read_bytes() == before
+
+
+def test_double_precision_is_read_in_double_precision_alone(tmp_path):
+    with jax.enable_x64(True):
+        index = retrieval.build_index(jnp.eye(3)[:, None])
+        retrieval.save_index(index, tmp_path / "index.npz")
+        assert retrieval.load_index(tmp_path / "index.npz").dtype == jnp.float64
+    with pytest.raises(ValueError, match=r"its vectors are float64, which needs jax_enable_x64"):
+        retrieval.load_index(tmp_path / "index.npz")
+
+
 def test_paths_that_are_no_place_for_an_index(saved, tmp_path):
     index = retrieval.load_index(saved)
     letter, archive, folder = tmp_path / "letter.txt", tmp_path / "arrays.npz", tmp_path / "folder"
@@ -278,8 +297,20 @@ def test_paths_that_are_no_place_for_an_index(saved, tmp_path):
 @pytest.mark.usefixtures("unchecked_signatures")
 def test_bad_input(tmp_path):
     index = retrieval.build_index(jnp.ones((4, 2, 3)))
-    with pytest.raises(ValueError, match=r"gallery must hold at least one item, got shape \(0, 2, 3\)"):
-        retrieval.build_index(jnp.ones((0, 2, 3)))
+    for shape in ((0, 2, 3), (4, 0, 3), (4, 2, 0)):
+        with pytest.raises(
+            ValueError, match=rf"gallery must hold at least one item.*, got shape {re.escape(str(shape))}"
+        ):
+            retrieval.build_index(jnp.ones(shape))
+    for score, got in ((scores.Volume, "the class Volume"), ("volume", "str")):
+        with pytest.raises(TypeError, match=rf"score must be a score object, such as .*, got {got}"):
+            retrieval.build_index(jnp.ones((4, 2, 3)), score=score)
+    with pytest.raises(TypeError, match="index must be one that build_index or load_index made, got ArrayImpl"):
+        retrieval.search(jnp.ones((4, 2, 3)), jnp.ones((5, 3)), 1)
+    with pytest.raises(TypeError, match="queries must be an array, got NoneType"):
+        retrieval.search(index, None, 1)
+    with pytest.raises(ValueError, match="query_ids must fit int32 unless jax_enable_x64 is on, got 4294967296"):
+        retrieval.ranks(index, jnp.ones((2, 3)), query_ids=np.array([1, 2**32]))
     with pytest.raises(ValueError, match=r"where must have shape \[items, modality\] = \(4, 2\), got shape \(4,\)"):
         retrieval.build_index(jnp.ones((4, 2, 3)), jnp.ones(4, bool))
     with pytest.raises(ValueError, match=r"queries must have vectors of 3 entries .* got shape \(5, 4\)"):

@@ -11,8 +11,8 @@ from a dictionary), and `where` `[batch, modality]`: which are present. The opti
 - `reduction`: `"mean"`, `"sum"`, or `None` for the weighted loss of each example, 0 where it has none.
 - `block_size`: rows and columns of the batch-by-batch score matrix that are computed at a time. None takes the whole
   matrix of a small batch, and tiles of a large one: memory then grows with the batch, not with its square. Values and
-  gradients agree to rounding. Tiles have a first derivative in reverse mode only; the whole matrix of a small batch on
-  one device has every derivative.
+  gradients agree to rounding. Tiles have derivatives in reverse mode only, across devices the first; the whole matrix
+  of a small batch on one device has every derivative.
 - `axis_name`: the batch is divided over devices along this axis of a mesh. Inside `jax.shard_map` each device passes
   its own examples and gets the loss of the whole batch and the gradient of that; with `mesh` besides, the loss takes
   global arrays under plain `jit`. `gramjax.streaming.nll` tells how gradients are taken in each case.

@@ -11,8 +11,8 @@ other's negatives. A gallery may be longer than the queries: the items beyond th
 
 How it is computed. Small score matrices are built whole. Large ones never are: `block_size` rows and columns of them
 are computed at a time, in the gradient once more, so that memory grows with the batch and not with its square. Values
-and gradients agree to rounding. Losses computed in tiles or across devices have a first derivative in reverse mode
-only; `block_size=None` with a small batch, on one device, has every derivative that JAX can take.
+and gradients agree to rounding. Losses computed in tiles have derivatives in reverse mode only, across devices
+the first; `block_size=None` with a small batch, on one device, has every derivative that JAX can take.
 
 Across devices. A loss is the loss of the whole batch, not the mean of losses of its parts, and its gradient is that:
 
@@ -43,7 +43,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _devices, _reduction
-from gramjax.scores import Score, check_inputs
+from gramjax.scores import Score, check_inputs, check_score
 from gramjax.streaming import _tiles
 from gramjax.streaming._engine import ITEMS, Plan, Scalars, Side, reduce
 from gramjax.streaming._statistics import LogSumExp, Partition, SoftplusSum, Statistic
@@ -112,7 +112,9 @@ def contrastive_nll(
     0.313262
     """
     del mesh
-    queries, gallery, query_where, gallery_where = _check_pairs(queries, gallery, query_where, gallery_where)
+    queries, gallery, query_where, gallery_where = _check_pairs(
+        score, queries, gallery, query_where, gallery_where, axis_name
+    )
     items = prepare(score, gallery, gallery_where, ids, axis_name)
     losses, valid = contrastive_terms(
         score, queries, query_where, items, scale=scale, label_smoothing=label_smoothing, symmetric=symmetric,
@@ -225,7 +227,9 @@ def sigmoid_nll(
     1.386294
     """
     del mesh
-    queries, gallery, query_where, gallery_where = _check_pairs(queries, gallery, query_where, gallery_where)
+    queries, gallery, query_where, gallery_where = _check_pairs(
+        score, queries, gallery, query_where, gallery_where, axis_name
+    )
     scale = _checks.real_scalar("scale", scale, queries.dtype)
     bias = _checks.real_scalar("bias", bias, queries.dtype)
     items = prepare(score, gallery, gallery_where, ids, axis_name)
@@ -237,7 +241,8 @@ def sigmoid_nll(
     return _reduction.reduce(attracted + repelled, valid, weights, reduction, axis_name)
 
 
-def _check_pairs(queries, gallery, query_where, gallery_where) -> tuple[Array, Array, Array, Array]:
+def _check_pairs(score, queries, gallery, query_where, gallery_where, axis_name) -> tuple[Array, Array, Array, Array]:
+    check_score(score)
     queries, gallery, gallery_where = check_inputs(queries, gallery, gallery_where)
     if queries.shape[0] > gallery.shape[0]:
         raise ValueError(
@@ -245,6 +250,8 @@ def _check_pairs(queries, gallery, query_where, gallery_where) -> tuple[Array, A
             f"got shapes {queries.shape} and {gallery.shape}."
         )
     query_where = _checks.mask("query_where", query_where, queries.shape[:1], "[queries]")
+    if axis_name is None:
+        _devices.check_whole(queries, gallery)
     return jnp.where(query_where[:, None], queries, 0.0), gallery, query_where, gallery_where
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gramjax import _checks, _devices
-from gramjax.scores import Score, SetScore
+from gramjax.scores import Score, SetScore, check_score
 from gramjax.streaming import rowwise
 
 
@@ -137,11 +137,10 @@ def top_k_of(
     """`streamed_top_k` for items in any form."""
     rows = _check_queries(score, queries, query_where)
     place = _place(items, block_size, axis_name, mesh)
-    if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise TypeError(f"k must be an integer, got {type(k).__name__}.")
+    k = _checks.integer("k", k)
     if not 1 <= k <= place.total:
         raise ValueError(f"k must be from 1 to the number of items in the gallery, {place.total}; got {k}.")
-    return _top_k(rows, items, score=score, k=int(k), load=load, place=place)
+    return _top_k(rows, items, score=score, k=k, load=load, place=place)
 
 
 def ranks_of(
@@ -305,6 +304,7 @@ def _one_dtype(queries, gallery, gallery_where) -> tuple[Array, tuple[Array, Arr
 
 
 def _check_queries(score, queries, query_where) -> tuple[Array, Array]:
+    check_score(score)
     sets = jnp.ndim(queries) == 3
     axes = ("queries", "query_modality", "dim") if sets else ("queries", "dim")
     queries = _checks.floating("queries", queries, axes)

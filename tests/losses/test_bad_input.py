@@ -1,12 +1,18 @@
 """Bad input fails before any work, with a message that names the argument, what came and what was needed."""
 
+import functools
 import inspect
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gramjax import losses, stack_modalities
+from gramjax import losses, scores, stack_modalities
+from gramjax.streaming import contrastive_nll, sigmoid_nll
 
 STACKED = [
     losses.gram_loss,
@@ -92,6 +98,11 @@ def test_masks_weights_and_reduction(loss):
 
 @pytest.mark.parametrize("loss", _with("ids"), ids=_name)
 def test_ids(loss):
+    large = 2**32 + np.arange(4)  # JAX itself would take them for 0, 1, 2, 3
+    with pytest.raises(ValueError, match=r"ids must fit int32 unless jax_enable_x64 is on, got 4294967296"):
+        loss(*_inputs(loss), ids=large)
+    with jax.enable_x64(True):
+        assert jnp.isfinite(loss(*_inputs(loss), ids=large))
     with pytest.raises(ValueError, match=r"ids must have shape \[batch\] = \(4,\), got shape \(4, 1\)"):
         loss(*_inputs(loss), ids=jnp.ones((4, 1), jnp.int32))
 
@@ -106,9 +117,11 @@ def test_ids(loss):
     ids=lambda value: value if isinstance(value, str) else _name(value),
 )
 def test_temperature(loss, name):
-    for value in (0, 0.0, -1.0, float("nan"), float("inf"), jnp.float32(0.0)):
-        with pytest.raises(ValueError, match=rf"{name} must be positive and finite, got {float(value)}"):
+    for value in (0, 0.0, -1.0, float("nan"), float("inf"), jnp.float32(0.0), 1e-39, 1e39):
+        with pytest.raises(ValueError, match=rf"{name} must be positive and finite, got {re.escape(str(float(value)))}"):
             loss(*_inputs(loss), **{name: value})
+    with pytest.raises(TypeError, match=rf"{name} must be a real scalar, got str"):
+        loss(*_inputs(loss), **{name: "0.1"})
     with pytest.raises(ValueError, match=rf"{name} must be a scalar, got shape \(2,\)"):
         loss(*_inputs(loss), **{name: jnp.ones(2)})
     traced = jax.jit(lambda t: loss(*_inputs(loss), **{name: t}))
@@ -132,13 +145,39 @@ def test_anchor(loss):
             loss(*_inputs(loss), anchor=value)
     with pytest.raises(TypeError, match="anchor must be an integer, got float"):
         loss(*_inputs(loss), anchor=1.0)
+    with pytest.raises(TypeError, match=r"anchor must be an integer, got a traced value \(see static_argnames\)"):
+        jax.jit(loss)(*_inputs(loss), anchor=1)
 
 
 @pytest.mark.parametrize("loss", _with("weights"), ids=_name)
-def test_weights_are_not_negative(loss):
-    for least in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"weights must not be negative or NaN, got {least} among them"):
-            loss(*_inputs(loss), weights=jnp.array([1.0, least, 0.0, 2.0]))
+def test_weights_are_finite_and_not_negative(loss):
+    meshes = [{}, {"mesh": jax.make_mesh((2,), ("data",))}] if loss in _with("mesh") else [{}]
+    for wrong, mesh in itertools.product((-1.0, float("nan"), float("inf")), meshes):
+        with pytest.raises(ValueError, match=rf"weights must be finite and not negative, got {wrong} among them"):
+            loss(*_inputs(loss), weights=jnp.array([1.0, wrong, 0.0, 2.0]), **mesh)
+
+
+@pytest.mark.parametrize("loss", _with("mesh"), ids=_name)
+def test_what_cannot_be_an_axis_or_a_block(loss):
+    with pytest.raises(TypeError, match="axis_name must be the name of a mesh axis or a tuple of names, got 3"):
+        loss(*_inputs(loss), axis_name=3)
+    if loss in _with("block_size"):
+        with pytest.raises(
+            TypeError, match=r"block_size must be an integer of at least 1, or None, got a traced value"
+        ):
+            jax.jit(loss)(*_inputs(loss), block_size=2)
+    if loss in _with("ids"):
+        with pytest.raises(TypeError, match=r"ids must be an array, got list"):
+            loss(*_inputs(loss), ids=["dog", "cat", "owl", "ant"], mesh=jax.make_mesh((2,), ("data",)))
+
+
+def test_arrays_divided_over_explicit_axes_need_the_mesh():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        z = jax.device_put(jnp.ones((4, 3, 8)), NamedSharding(mesh, PartitionSpec("data")))
+        with pytest.raises(ValueError, match=r"mesh must be given .* shape \(4, 8\) divided over \['data'\]"):
+            losses.gram_loss(z)
+        assert jnp.isfinite(losses.gram_loss(z, mesh=mesh))
 
 
 @pytest.mark.parametrize("loss", _with("mesh"), ids=_name)
@@ -154,7 +193,19 @@ def test_random_key():
         losses.symile_loss(jnp.ones((4, 3, 8)), key=3)
 
 
+@pytest.mark.parametrize("nll", [contrastive_nll, functools.partial(sigmoid_nll, bias=0.0)])
+def test_scores_and_scales(nll):
+    a = jnp.eye(3)
+    for score, got in ((scores.Volume, "the class Volume"), ("volume", "str")):
+        with pytest.raises(TypeError, match=rf"score must be a score object, such as .*, got {got}"):
+            nll(score, a, a[:, None], scale=1.0)
+    with pytest.raises(ValueError, match=r"scale must be finite in float32, got nan"):
+        nll(scores.Cosine(), a, a[:, None], scale=float("nan"))
+
+
 def test_sigmoid_bias():
+    with pytest.raises(ValueError, match=r"bias must be finite in float32, got inf"):
+        losses.sigmoid_loss(jnp.ones((4, 8)), jnp.ones((4, 8)), bias=jnp.inf)
     with pytest.raises(ValueError, match=r"bias must be a scalar, got shape \(4,\)"):
         losses.sigmoid_loss(jnp.ones((4, 8)), jnp.ones((4, 8)), bias=jnp.ones(4))
 

@@ -138,3 +138,15 @@ def test_detached_candidates_leave_the_value_and_halve_the_paths(x64):
     cut_value, cut = jax.jit(jax.value_and_grad(lambda z: losses.gram_loss(z, detach_candidates=True)))(z)
     np.testing.assert_allclose(cut_value, value, rtol=1e-12)
     assert not np.allclose(cut, gradient)
+
+
+def test_gradients_of_tiles_have_gradients(x64):
+    """A penalty on the gradient, as meta-learning has it: by tiles what it is by the whole matrix."""
+
+    def penalty(z, block_size):
+        gradient = jax.grad(lambda z: losses.gram_loss(z, temperature=0.3, block_size=block_size))(z)
+        return jnp.sum(jnp.square(gradient))
+
+    gradient = jax.jit(jax.grad(penalty), static_argnums=1)
+    z = jnp.asarray(_unit())
+    np.testing.assert_allclose(gradient(z, 4), gradient(z, None), rtol=1e-9, atol=1e-12)
