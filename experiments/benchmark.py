@@ -9,7 +9,8 @@ and gradient, is compared with
   this run;
 - the same scores as one `[B, B]` matrix, differentiated by JAX;
 
-the plain form of the PMRL spectrum is `jnp.linalg.svd`. Memory is the peak of a process of its own; devices are
+the plain form of the PMRL spectrum is `jnp.linalg.svd`, and its floor a copy of the vectors, which have a gradient of
+their own size. Memory is the peak of a process of its own; devices are
 simulated on the processors of this machine, so that they show what the ring costs and not what it gains. Prints
 markdown tables, writes all as JSON and draws it.
 
@@ -77,6 +78,8 @@ class Options:
     spectra: tuple[tuple[int, int, int], ...] = ((65536, 3, 512), (65536, 3, 64), (16384, 5, 512), (16384, 8, 128))
     """Shapes of the sets of vectors whose singular values and leading directions are computed: items, modalities,
     dimensions."""
+    many_spectra: tuple[tuple[int, int, int], ...] = ((1000000, 2, 64), (1000000, 5, 64), (1000000, 8, 64))
+    """The same for the most items, once."""
     repeats: int = 5
     """Alternating measurements of what is compared; the fastest counts."""
     output: Path = Path("runs/benchmark.json")
@@ -221,12 +224,13 @@ def _against_products(name: str, batch: int, k: int, dim: int, repeats: int) -> 
 
 
 def against_svd(options: Options) -> list[Row]:
-    """The spectrum of PMRL against XLA's singular value decomposition."""
+    """The spectrum of PMRL against XLA's singular value decomposition and a copy of the vectors."""
     rows = []
     for shape in options.spectra:
         z = unit_vectors(*shape)
         forms = {"gramjax": linalg.spectrum, "jnp.linalg.svd": plain_spectrum}
         steps = {name: value_and_gradient(spectral_loss(form), z) for name, form in forms.items()}
+        steps["copy"] = functools.partial(jax.jit(lambda z: z + 1), z)
         rows += _rows("spectrum", compare(steps, options.repeats), *shape)
     return rows
 
@@ -245,6 +249,11 @@ def memory(options: Options) -> list[Row]:
             print(f"memory: a batch of {batch} does not fit ({error})", file=sys.stderr)
             break
     return rows
+
+
+def many_spectra(options: Options) -> list[Row]:
+    """Time and memory of the spectra of very many items."""
+    return [{"study": "many spectra", **_in_a_process(_many_spectra, *shape)} for shape in options.many_spectra]
 
 
 def devices(options: Options) -> list[Row]:
@@ -268,6 +277,12 @@ def _peak(batch: int, k: int, dim: int) -> Row:
     before = _peak_so_far()
     jax.block_until_ready(value_and_gradient(losses.gram_loss, z)())
     return {"batch": batch, "modalities": k, "dim": dim, "bytes": _peak_so_far(), "bytes_before": before}
+
+
+def _many_spectra(batch: int, k: int, dim: int) -> Row:
+    step = value_and_gradient(spectral_loss(linalg.spectrum), unit_vectors(batch, k, dim))
+    seconds = compare({"gramjax": step}, 1)["gramjax"]
+    return {"batch": batch, "modalities": k, "dim": dim, "seconds": seconds, "bytes": _peak_so_far()}
 
 
 def _peak_so_far() -> int:
@@ -393,7 +408,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     rows: list[Row] = []
     # First what runs in processes of its own: an accelerator has one owner at a time.
-    for study in (devices, memory, against_other_forms, against_the_floor, against_svd):
+    for study in (devices, memory, many_spectra, against_other_forms, against_the_floor, against_svd):
         rows += study(options)
     print(f"value and gradient, {jax.devices()[0].device_kind}, jax {jax.__version__}\n\n{table(rows)}")
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,8 @@ class Options:
     output: Path = Path("runs/benchmark_search.json")
 
 
-def time_search(options: Options) -> list[dict]:
+def time_search(options: Options, faiss: ModuleType) -> list[dict]:
     """Volume and cosine by gramjax, inner products by faiss."""
-    try:
-        import faiss  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        sys.exit("error: faiss is not installed: pip install faiss-cpu")
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
     gallery = np.asarray(unit_vectors(options.items, max(options.modalities), options.dim))
     pool = np.random.default_rng(1).permutation(gallery[:, 0])
@@ -71,15 +68,21 @@ def time_search(options: Options) -> list[dict]:
 def main() -> None:
     """Time as the command line says."""
     options = tyro.cli(Options, description=__doc__)
-    search = time_search(options)
-    print(f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores, jax {jax.__version__}\n")
-    print(f"{options.items} items, d = {options.dim}, k = {options.k}\n")
+    try:
+        import faiss  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        sys.exit("error: faiss is not installed: pip install faiss-cpu")
+    search = time_search(options, faiss)
+    where = {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__}
+    where |= {"faiss": faiss.__version__}
+    what = {"items": options.items, "dim": options.dim, "k": options.k}
+    print(*(f"{name} {value}" for name, value in (where | what).items()), sep=", ", end="\n\n")
     print("| search | gramjax, ms | faiss, ms | gramjax / faiss |\n| --- | --: | --: | --: |")
     for row in search:
         ours, theirs = row["seconds"], row["seconds_of_faiss"]
         print(f"| {row['what']} | {1e3 * ours:.1f} | {1e3 * theirs:.1f} | {ours / theirs:.2f} |")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(search, indent=1) + "\n", encoding="utf-8")
+    options.output.write_text(json.dumps({**where, **what, "rows": search}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

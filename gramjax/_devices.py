@@ -117,6 +117,26 @@ def shift(tree: Any, axis_name: AxisName) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis_name, steps), tree)
 
 
+def round_the_ring(axis_name: AxisName | None, visit: Callable, state: Any, columns: Any, travelling: Any) -> Any:
+    """Folds `visit(state, columns, travelling) -> state, travelling` over the columns of every device.
+
+    `travelling` goes with its columns, and after the last step is where it started.
+    """
+    if axis_name is None or axis_size(axis_name) == 1:
+        return visit(state, columns, travelling)
+
+    def step(_, carry):
+        state, columns, travelling = carry
+        state, travelling = visit(state, columns, travelling)
+        # Sending the columns on does not wait for the visit: a device can do both at once.
+        columns, travelling = shift((columns, travelling), axis_name)
+        return state, columns, travelling
+
+    carry = vary_over((state, columns, travelling), axis_name)
+    state, _, travelling = jax.lax.fori_loop(0, axis_size(axis_name), step, carry)
+    return state, travelling
+
+
 def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
     """Gives a loss with the keywords `axis_name`, `mesh` and `reduction` its form for global arrays.
 

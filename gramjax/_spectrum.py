@@ -5,8 +5,7 @@ axis, so that every step is a pass over long contiguous rows.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +25,34 @@ class _Decomposition(NamedTuple):
     values: Array  # [k, n]
     mixing: Array  # [k, k, n]: row i is v_i
     weights: Array  # [k, k, n]: row i is v_i / sigma_i, which makes u_i of the vectors; 0 where the value vanishes
-    leading: Array  # [n, d]: u_1
 
 
 @jax.custom_jvp
 def spectrum(z: Float[Array, "*batch k d"]) -> tuple[Float[Array, "*batch k"], Float[Array, "*batch d"]]:
     """`(singular_values(z), leading_direction(z))` from one decomposition, for floats of at least 32 bits."""
-    decomposition = _by_blocks(_decompose, _blocks(z))
-    return _whole(z, decomposition.values, decomposition.leading)
+    return _spectrum(z)[0]
+
+
+def _spectrum(z: Array) -> tuple[tuple[Array, Array], _Decomposition]:
+    decomposition = _decompose(_sets(z))
+    weighted = [weight[:, None] * _sets(z)[:, l] for l, weight in enumerate(decomposition.weights[0])]
+    return _shaped(z, decomposition.values, functools.reduce(jnp.add, weighted)), decomposition
 
 
 @spectrum.defjvp
 def _spectrum_jvp(primals, tangents):
     (z,), (tangent,) = primals, tangents
-    decomposition = _by_blocks(_decompose, _blocks(z))
-    changes = _by_blocks(_differential, decomposition, _blocks(z), _blocks(tangent))
-    return _whole(z, decomposition.values, decomposition.leading), _whole(z, *changes)
+    result, decomposition = _spectrum(z)
+    return result, _shaped(z, *_differential(decomposition, _sets(z), _sets(tangent)))
+
+
+def _sets(z: Array) -> Array:
+    return z if z.ndim == 3 else z.reshape((-1, *z.shape[-2:]))
+
+
+def _shaped(z: Array, values: Array, leading: Array) -> tuple[Array, Array]:
+    """Values `[..., k]` and directions `[..., d]` of `[k, n]` and `[n, d]`."""
+    return values.T.reshape(z.shape[:-1]), leading.reshape((*z.shape[:-2], z.shape[-1]))
 
 
 def _differential(decomposition: _Decomposition, z: Array, tangent: Array) -> tuple[Array, Array]:
@@ -49,42 +60,50 @@ def _differential(decomposition: _Decomposition, z: Array, tangent: Array) -> tu
 
     With `B_ij = u_i^T dz^T v_j`: `d sigma_i = B_ii`, and
     `du_1 = sum_(i>1) u_i (s_1 B_i1 + s_i B_1i) / (s_1^2 - s_i^2) + (I - sum_i u_i u_i^T) dz^T v_1 / s_1`.
-    All of it is made of the products `z_m . dz_l` and of combinations of the `z_m` and `dz_l`: two passes.
+    All of it is made of the products `z_m . dz_l` and of combinations of the `z_m` and `dz_l`. Written so that the
+    transpose, which gradients take, is two passes: the products of the cotangent of `u_1` with the `z_m`, and one
+    combination of both for every `dz_l`.
     """
-    values, mixing, weights, _ = decomposition
+    values, mixing, weights = decomposition
     k = z.shape[1]
-    moves = _vectors(tangent)
-    products = jnp.stack([jnp.stack([jnp.sum(z[:, m] * move, axis=-1) for move in moves]) for m in range(k)])
-    # b[i, j] = sum_ml weights[i, m] products[m, l] mixing[j, l], batch last
-    b = jnp.sum(weights[:, :, None] * products[None], axis=1)
-    b = jnp.sum(b[:, None] * mixing[None], axis=2)
     leading = values[:1]
-    into, from_ = b[:, 0], b[0]
     # Two values closer than this cannot be told apart; the turn between their vectors is then undefined, and left out.
     simple = leading - values > tolerance(z) * leading
     gap = jnp.where(simple, jnp.square(leading) - jnp.square(values), 1.0)
-    turn = jnp.where(simple, (leading * into + values * from_) / gap, 0.0)
     inverse = jnp.where(leading > 0, 1.0 / jnp.where(leading > 0, leading, 1.0), 0.0)
-    along = jnp.sum((turn - into * inverse)[:, None] * weights, axis=0)  # [m, n]
+    into, from_ = jnp.where(simple, leading / gap, 0.0) - inverse, jnp.where(simple, values / gap, 0.0)
+    products = jnp.stack([jnp.sum(z[:, m : m + 1] * tangent, axis=-1).T for m in range(k)])  # [m, l, n]
+    # Barriers: XLA would compute few numbers for each set, and so their cotangents, again for each of many.
+    into, from_ = jax.lax.optimization_barrier((into, from_))
+    products = jax.lax.optimization_barrier(products)
+    of_values = [_outer(weight, mix) for weight, mix in zip(weights, mixing)]
+    into, from_ = into[:, None] * weights, from_[:, None] * mixing  # [k, k, n]
+    of_turns = [_outer(into[i], mixing[0]) + _outer(weights[0], from_[i]) for i in range(k)]
+    changes, turns = (
+        jnp.stack([jnp.sum(x * products, axis=(0, 1)) for x in functionals]) for functionals in (of_values, of_turns)
+    )
+    turns = jax.lax.optimization_barrier(turns)
+    along = [functools.reduce(jnp.add, [turns[i] * weights[i, m] for i in range(k)]) for m in range(k)]
     # A set of zero vectors has no leading direction: its weights, and so its derivative, are 0.
-    turned = _combined(weights[0], moves) + jnp.sum(along.T[..., None] * z, axis=1)
-    return jnp.stack([b[i, i] for i in range(k)]), turned
+    return changes, jnp.sum(weights[0].T[..., None] * tangent, axis=1) + _combined(jnp.stack(along), z)
+
+
+def _outer(a: Array, b: Array) -> Array:
+    """`[m, n], [l, n] -> [m, l, n]`."""
+    return a[:, None] * b[None]
 
 
 # A block of items of this size stays in a core's cache from one pass over it to the next.
 _BLOCK_BYTES = 2**20
 
 
-def _blocks(z: Array) -> Array:
-    """`[n, k, d]`, or, on one CPU device and where they are many, `[blocks, n / blocks, k, d]`."""
-    z = z if z.ndim == 3 else z.reshape((-1, *z.shape[-2:]))
+def _block(z: Array) -> int | None:
+    """How many of the sets `[n, k, d]` to take at a time on one CPU device, if they are many; None: all."""
     n, k, d = z.shape
-    block = 32
-    while n % (2 * block) == 0 and 2 * block * k * d * z.dtype.itemsize <= _BLOCK_BYTES:
-        block *= 2
-    if jax.default_backend() != "cpu" or n % block or n < 4 * block or not _on_one_device(z):
-        return z
-    return z.reshape((-1, block, k, d))
+    if jax.default_backend() != "cpu" or not _on_one_device(z):
+        return None
+    most = max(32, _BLOCK_BYTES // (k * d * z.dtype.itemsize))
+    return next((size for size in range(min(most, n // 4), 31, -1) if n % size == 0), None)
 
 
 def _on_one_device(z: Array) -> bool:
@@ -93,31 +112,17 @@ def _on_one_device(z: Array) -> bool:
     return not divided and (jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual)
 
 
-def _by_blocks(function: Callable, *arrays: Any) -> Any:
-    """`function` of blocks one after the other; the last array tells whether there are blocks."""
-    if arrays[-1].ndim == 3:
-        return function(*arrays)
-    # Differentiated, a loop would keep all that it computes for every block; checkpointed, it keeps its input alone.
-    return jax.lax.map(jax.checkpoint(lambda block: function(*block), prevent_cse=False), arrays)
-
-
-def _whole(z: Array, values: Array, leading: Array) -> tuple[Array, Array]:
-    """Values `[..., k]` and directions `[..., d]` of the blocks' `[k, n]` and `[n, d]`."""
-    values = jnp.swapaxes(values, -1, -2)
-    return values.reshape(z.shape[:-1]), leading.reshape((*z.shape[:-2], z.shape[-1]))
-
-
-def _vectors(z: Array) -> list[Array]:
-    """The `k` vectors `[n, d]` of `[n, k, d]`; reading and its transpose, writing, are one pass each."""
-    return [part[:, 0] for part in jax.lax.split(z, (1,) * z.shape[1], axis=1)]
-
-
-def _combined(weights: Array, vectors: list[Array]) -> Array:
-    """`[k, n], k of [n, d] -> [n, d]`."""
-    return functools.reduce(jnp.add, [weight[:, None] * vector for weight, vector in zip(weights, vectors)])
-
-
 def _decompose(z: Array) -> _Decomposition:
+    if (block := _block(z)) is None:
+        return _decompose_at_once(z)
+    n, k, d = z.shape
+    # Differentiated (for second derivatives), a loop would keep all that it computes for every block.
+    at_once = jax.checkpoint(_decompose_at_once, prevent_cse=False)
+    decomposition = jax.lax.map(at_once, z.reshape((n // block, block, k, d)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape((*x.shape[1:-1], n)), decomposition)
+
+
+def _decompose_at_once(z: Array) -> _Decomposition:
     """Two rounds: the eigenvectors of the Gram matrix, then those of the Gram matrix of what they make of the vectors.
 
     The first Gram matrix has lost the small singular values (in float32, below 3e-4 of the largest). But the vectors
@@ -125,27 +130,45 @@ def _decompose(z: Array) -> _Decomposition:
     matrix is accurate for each, relative to its length.
     """
     k = z.shape[1]
-    vectors = _vectors(z)
     more = int(z.dtype == jnp.float64)
-    _, first = _jacobi.eigenvectors(_gram(vectors), sweeps=3 + more + k // 3)
-    turned = [_combined(weights, vectors) for weights in first]
-    squares, second = _jacobi.eigenvectors(_gram(turned), sweeps=2 + more + k // 5)
+    _, first = _jacobi.eigenvectors(_gram(z), sweeps=3 + more + k // 6)
+    squares, second = _jacobi.eigenvectors(_gram(_mixed(first, z)), sweeps=2 + more + k // 4)
     mixing = jnp.sum(second[:, :, None] * first[None], axis=1)
-    squares, mixing = _jacobi.in_descending_order(squares, mixing)
+    squares, mixing = jax.lax.optimization_barrier(_jacobi.in_descending_order(squares, mixing))
     lost = squares <= 0
     values = jnp.where(lost, 0.0, jnp.sqrt(jnp.where(lost, 1.0, squares)))
     present = ~(values <= tolerance(z) * values[:1])
     values = jnp.where(present, values, 0.0)
     mixing = mixing * _orientation(values, mixing)[None, None]
     weights = mixing * jnp.where(present, 1.0 / jnp.where(present, values, 1.0), 0.0)[:, None]
-    return _Decomposition(values, mixing, weights, _combined(weights[0], vectors))
+    return _Decomposition(values, mixing, weights)
 
 
-def _gram(vectors: list[Array]) -> Array:
+# On CPUs products of the smallest matrices take a fraction of the time of sums of elementwise products. Accelerators
+# would leave their matrix units idle and round besides; there XLA fuses the sums into few passes.
+
+
+def _gram(z: Array) -> Array:
     """Inner products `[k, k, n]`."""
-    k = len(vectors)
-    entries = {(i, j): jnp.sum(vectors[i] * vectors[j], axis=-1) for i in range(k) for j in range(i, k)}
+    if jax.default_backend() == "cpu":
+        return jnp.einsum("nid,njd->ijn", z, z, precision=jax.lax.Precision.HIGHEST)
+    k = z.shape[1]
+    entries = {(i, j): jnp.sum(z[:, i] * z[:, j], axis=-1) for i in range(k) for j in range(i, k)}
     return jnp.stack([jnp.stack([entries[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
+
+
+def _mixed(weights: Array, z: Array) -> Array:
+    """`[i, k, n], [n, k, d] -> [n, i, d]`."""
+    if jax.default_backend() == "cpu":
+        return jnp.einsum("imn,nmd->nid", weights, z, precision=jax.lax.Precision.HIGHEST)
+    return jnp.stack([_combined(row, z) for row in weights], axis=1)
+
+
+def _combined(weights: Array, z: Array) -> Array:
+    """`[k, n], [n, k, d] -> [n, d]`."""
+    if jax.default_backend() == "cpu":
+        return jnp.einsum("mn,nmd->nd", weights, z, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(weights.T[..., None] * z, axis=1)
 
 
 def _orientation(values: Array, mixing: Array) -> Array:

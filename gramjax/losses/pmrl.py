@@ -70,19 +70,10 @@ def pmrl_loss(
 
 @over_mesh("embeddings", "where", "weights", "ids")
 def pmrl_terms(
-    embeddings: Float[Array, "batch modality dim"],
-    *,
-    alignment_temperature: ArrayLike = 0.05,
-    regularization_temperature: ArrayLike = 0.1,
-    where: Bool[Array, "batch modality"] | None = None,
-    weights: Array | None = None,
-    ids: Array | None = None,
-    reduction: Reduction = "mean",
-    block_size: int | None = None,
-    axis_name: AxisName | None = None,
-    mesh: Mesh | None = None,
+    embeddings, *, alignment_temperature, regularization_temperature, where=None, weights=None, ids=None,
+    reduction: Reduction = "mean", block_size=None, axis_name=None, mesh=None,
     precision: jax.lax.PrecisionLike = HIGHEST,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]:  # fmt: skip
     """`alignment_loss` and `direction_regularization` from one spectrum; the arguments are those of `pmrl_loss`."""
     del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)

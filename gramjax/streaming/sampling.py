@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gramjax import _checks, _devices
 from gramjax.scores import Score, check_inputs, check_score
-from gramjax.streaming import rowwise
+from gramjax.streaming import _tiles, rowwise
 
 _GROUP = 64
 
@@ -174,37 +174,26 @@ def _sample_here(plan, key, scalars, examples):
     fold = functools.partial(rowwise.fold, load=load, block_size=plan.block_size)
     examine, across = functools.partial(_examine, plan, temperature), _candidates(plan)
 
-    def weigh(columns, _):
-        return fold(functools.partial(_add_masses, examine, across), _no_mass(batch, queries.dtype), rows, columns)
+    # The number of the shard travels along: the ring need not follow the order of the devices.
+    place, devices = jnp.int32(_devices.position(plan.axis_name)), _devices.axis_size(plan.axis_name)
+    nothing = _no_mass(batch, queries.dtype)
 
-    masses, count = _round_the_ring(plan.axis_name, weigh, columns)
+    def weigh(masses, columns, shard):
+        here = fold(functools.partial(_add_masses, examine, across), nothing, rows, columns)
+        return _tiles.put(masses, jax.tree.map(lambda x: x[None], here), shard), shard
+
+    empty = jax.tree.map(lambda x: jnp.stack([x] * devices), nothing)
+    (masses, count), _ = _devices.round_the_ring(plan.axis_name, weigh, empty, columns, place)
     draws = _place_targets(plan, key, even, index, masses, count)
 
-    def find(columns, shard):
+    def find(chosen, columns, shard):
         nothing = jnp.zeros(batch, queries.dtype), jnp.full(batch, -1, jnp.int32), jnp.full(batch, -1, jnp.int32)
         _, found, last = fold(functools.partial(_cross, examine, across), nothing, (rows, draws), columns)
-        return jnp.where(draws.shard == shard, jnp.where(found >= 0, found, last), -1)
+        return jnp.where(draws.shard == shard, jnp.where(found >= 0, found, last), chosen), shard
 
-    found = jnp.max(_round_the_ring(plan.axis_name, find, columns), axis=0)
+    found, _ = _devices.round_the_ring(plan.axis_name, find, jnp.full(batch, -1, jnp.int32), columns, place)
     paired = query_where & usable
     return jnp.where(paired & (jnp.sum(count, axis=0) > 0), found, -1)
-
-
-def _round_the_ring(axis_name, visit, columns):
-    """`visit(columns, shard)` for the columns of every device; results stacked in the order of the devices."""
-    if axis_name is None:
-        return jax.tree.map(lambda x: x[None], visit(columns, 0))
-
-    def step(carry, _):
-        # The number of the shard travels along: the ring need not follow the order of the devices.
-        columns, shard = carry
-        result = visit(columns, shard)
-        return _devices.shift(carry, axis_name), (shard, result)
-
-    first = _devices.vary_over((columns, _devices.position(axis_name)), axis_name)
-    _, (shards, results) = jax.lax.scan(step, first, length=_devices.axis_size(axis_name))
-    order = jnp.argsort(shards)
-    return jax.tree.map(lambda x: x[order], results)
 
 
 def _examine(plan, temperature, rows, tile) -> tuple[Array, Array, Array]:

@@ -17,7 +17,8 @@ from tests import jaxprs
 
 TOY = {
     "dim": [8], "batch-sizes": [6], "large-batch-sizes": [6, 12], "modalities": [3], "memory-batch-sizes": [6],
-    "sizes": [2], "dims": [4], "devices": [2], "device-batch": [6], "spectra": [6, 3, 8], "repeats": [1],
+    "sizes": [2], "dims": [4], "devices": [2], "device-batch": [6], "spectra": [6, 3, 8],
+    "many-spectra": [6, 3, 8], "repeats": [1],
 }  # fmt: skip
 
 
@@ -40,7 +41,8 @@ def test_runs_from_end_to_end(processes, tmp_path, monkeypatch, capsys):
     assert number == {
         "other forms": 2 + (importlib.util.find_spec("torch") is not None),
         "floor": 2 + 1 + 1,
-        "spectrum": 1,
+        "spectrum": 2,
+        "many spectra": 1,
         "batch grows with the devices": 1,
         "batch divided over devices": 1,
         "memory": 1,
