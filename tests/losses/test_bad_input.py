@@ -118,7 +118,9 @@ def test_ids(loss):
 )
 def test_temperature(loss, name):
     for value in (0, 0.0, -1.0, float("nan"), float("inf"), jnp.float32(0.0), 1e-39, 1e39):
-        with pytest.raises(ValueError, match=rf"{name} must be positive and finite, got {re.escape(str(float(value)))}"):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be positive and finite, got {re.escape(str(float(value)))}"
+        ):
             loss(*_inputs(loss), **{name: value})
     with pytest.raises(TypeError, match=rf"{name} must be a real scalar, got str"):
         loss(*_inputs(loss), **{name: "0.1"})
