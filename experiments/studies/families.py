@@ -85,17 +85,20 @@ CANDIDATES |= {
         lambda t, pairwise: (terms.Alignment(0.05), terms.Directions(t), pairwise),
         (0.1, 0.4),
         pairwise=(0.1, 0.4),
-        weights=(0.1, 0.3, 1.0),
+        weights=(0.1, 0.3),
     ),
 }
 # log Vol_ij = log Vol_j + log sin_ij, with a share of the item's own log-volume taken off again as a bias.
+LOG_TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 CANDIDATES |= {
-    name: over(lambda t, score=score: (terms.Contrast(t, score=score),))
+    name: over(lambda t, score=score: (terms.Contrast(t, score=score),), LOG_TEMPERATURES)
     for name, score in {
         "log-volume": terms.LogVolume(),
         "log-volume less half its own": terms.LogVolume(bias=0.5),
-        "log-volume less half its own, bias detached": terms.LogVolume(bias=0.5, detached=True),
         "log-volume less its own (log-residual)": terms.LogVolume(bias=1.0),
         "log-volume less its own, bias detached": terms.LogVolume(bias=1.0, detached=True),
     }.items()
 }
+CANDIDATES["log-residual + pairwise InfoNCE, tuned apart"] = apart(
+    [], lambda t, pairwise: (terms.Contrast(t, score=terms.LogVolume(bias=1.0)), pairwise), (0.05,)
+)

@@ -83,10 +83,15 @@ class Study:
         found = [measure.summary(trained.embed(self.features.test), cell.anchor) for trained in self.over_seeds(cell)]
         return [{**one, "recall by best score": one[best]} for one in found]
 
+    def validation(self, cell: Cell) -> dict[str, float]:
+        """Recall of items on validation by every score, mean over all seeds."""
+        found = [measure.joint(one.embed(self.features.validation), cell.anchor) for one in self.over_seeds(cell)]
+        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
     def best_score(self, cell: Cell) -> str:
         """The score with the best recall of items on validation, over all seeds."""
-        found = [measure.joint(one.embed(self.features.validation), cell.anchor) for one in self.over_seeds(cell)]
-        return max(found[0], key=lambda name: np.mean([one[name] for one in found]))
+        found = self.validation(cell)
+        return max(found, key=found.__getitem__)
 
     def tuned(self, name: str, candidates: Sequence[cells.Objective], **settings: Any) -> Cell:
         """The candidate with the best recall of items on validation, by whichever score is best, over two seeds.
