@@ -83,13 +83,13 @@ CANDIDATES |= {
     "PMRL + pairwise InfoNCE, tuned apart": apart(
         CANDIDATES["PMRL + pairwise InfoNCE"],
         lambda t, pairwise: (terms.Alignment(0.05), terms.Directions(t), pairwise),
-        (0.1, 0.4),
+        (0.1,),
         pairwise=(0.1, 0.4),
         weights=(0.1, 0.3),
     ),
 }
 # log Vol_ij = log Vol_j + log sin_ij, with a share of the item's own log-volume taken off again as a bias.
-LOG_TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
+LOG_TEMPERATURES = (0.02, 0.05, 0.1)
 CANDIDATES |= {
     name: over(lambda t, score=score: (terms.Contrast(t, score=score),), LOG_TEMPERATURES)
     for name, score in {
@@ -100,5 +100,8 @@ CANDIDATES |= {
     }.items()
 }
 CANDIDATES["log-residual + pairwise InfoNCE, tuned apart"] = apart(
-    [], lambda t, pairwise: (terms.Contrast(t, score=terms.LogVolume(bias=1.0)), pairwise), (0.05,)
+    [],
+    lambda t, pairwise: (terms.Contrast(t, score=terms.LogVolume(bias=1.0)), pairwise),
+    (0.05,),
+    weights=(0.03, 0.1),
 )
