@@ -64,7 +64,7 @@ def lines(
     logarithmic: Literal["", "x", "xy"] = "",
     columns: int = 3,
 ) -> None:
-    """Means over `x`, with bands of a standard deviation.
+    """Means over `x`, with bands of a standard deviation, or from the least to the most where `y` is logarithmic.
 
     Args:
       panels: title of a panel to label to places and spreads.
@@ -86,9 +86,12 @@ def lines(
             for label, (places, spreads) in curves.items():
                 number = styles.setdefault(label, len(styles))
                 mean, std = (scale * np.array([one[part] for one in spreads]) for part in ("mean", "std"))
+                low, high = mean - std, mean + std
+                if "y" in logarithmic:
+                    low, high = (scale * np.array([end(one["values"]) for one in spreads]) for end in (min, max))
                 options = {"color": PALETTE[number % len(PALETTE)], "linestyle": LINE_STYLES[number // len(PALETTE)]}
                 axes.plot(places, mean, marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.3, **options)
-                axes.fill_between(places, mean - std, mean + std, color=options["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(places, low, high, color=options["color"], alpha=0.15, linewidth=0)
             _finish(
                 axes, title, below, y, sorted({place for places, _ in curves.values() for place in places}), logarithmic
             )
