@@ -1,7 +1,7 @@
 """From two modalities to all there are: does another modality help, and does it take an anchor? (GRAM's ablation.)
 
 `python -m experiments.studies.modality_scaling`. Modalities are added in the order of `--modalities`, then the rest.
-Every objective keeps the temperature it was tuned to at `--modalities`. "Every anchor" lets each modality anchor the
+Every objective keeps the setting it was tuned to at `--modalities`. "Every anchor" lets each modality anchor the
 volume in turn; pairwise InfoNCE is the form of anchored InfoNCE without an anchor.
 """
 
@@ -9,7 +9,12 @@ from experiments.studies import drawings, objectives, study
 from experiments.studies.families import CANDIDATES, PUBLISHED
 from gramjax import scores
 
-OURS = ("cone", "cone + pairwise InfoNCE")
+OURS = (
+    "cone",
+    "cone + pairwise InfoNCE",
+    "cone + pairwise InfoNCE, tuned apart",
+    "GRAM + pairwise InfoNCE, tuned apart",
+)
 PANELS = {
     "the item of all others, best score": "recall by best score",
     "the item of all others, by volume": "recall by volume",
