@@ -9,12 +9,7 @@ from experiments.studies import drawings, objectives, study
 from experiments.studies.families import CANDIDATES, PUBLISHED
 from gramjax import scores
 
-OURS = (
-    "cone",
-    "cone + pairwise InfoNCE",
-    "cone + pairwise InfoNCE, tuned apart",
-    "GRAM + pairwise InfoNCE, tuned apart",
-)
+OURS = ("cone", "cone + pairwise InfoNCE")
 PANELS = {
     "the item of all others, best score": "recall by best score",
     "the item of all others, by volume": "recall by volume",
