@@ -20,7 +20,7 @@ def run(options: study.Options) -> None:
     items = len(next(iter(this.features.train.values())))
     sizes = this.sweep([size for size in BATCH_SIZES if size <= items])
     for name in OBJECTIVES:
-        cell = this.tuned(*PUBLISHED[name])
+        cell = this.tuned(name, PUBLISHED[name])
         for size in sizes:
             steps = {"equal steps": cell.steps, "equal samples": max(cell.steps * cell.batch_size // size, 1)}
             for budget, number in steps.items():
@@ -41,7 +41,7 @@ def run(options: study.Options) -> None:
         this.folder / "recall.png",
         x="batch size",
         y="mean of R@1, 5, 10, %",
-        logarithmic=True,
+        logarithmic="x",
     )
 
 

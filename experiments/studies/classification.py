@@ -36,7 +36,7 @@ def run(options: study.Options) -> None:
     rows, maps = {"the features themselves": study.spreads([linear_probes(used, labels)])}, {}
     for name in OBJECTIVES:
         found, cosines = [], []
-        for trained in this.over_seeds(this.tuned(*PUBLISHED[name])):
+        for trained in this.over_seeds(this.tuned(name, PUBLISHED[name])):
             embedded = {split: trained.embed(part) for split, part in splits.items()}
             results = linear_probes(embedded, labels)
             if options.anchor in classes:

@@ -25,21 +25,20 @@ GEOMETRY = {
 def run(options: study.Options) -> None:
     """Tune, train over seeds, measure, write."""
     this = study.Study("compare_losses", options, seeds=5)
-    rows, settings, matrices = {}, {}, {}
+    rows, matrices = {}, {}
     names = options.modalities
     for name, family in PUBLISHED.items():
         if name == "TRIANGLE" and len(names) != 3:
             continue
-        cell = this.tuned(*family)
+        cell = this.tuned(name, family)
         rows[name] = study.spreads(this.summaries(cell))
-        settings[name] = str(cell.objective)
         matrix = np.full((len(names), len(names)), np.nan)
         for a, b in itertools.permutations(range(len(names)), 2):
             matrix[a, b] = 100 * rows[name][f"recall {names[a]} -> {names[b]}"]["mean"]
         matrices[name] = matrix
     pairs = {f"{a} → {b}": f"recall {a} -> {b}" for a, b in itertools.permutations(names, 2)}
     this.write(
-        {"rows": rows, "tuned": settings},
+        {"rows": rows},
         {
             f"{options.anchor} and the item of all others, mean of R@1, 5, 10 both ways, %": study.table(
                 rows, FIGURES, corner="objective"

@@ -13,6 +13,7 @@ zero-shot classification, `classes/MODALITY` `[classes, width]`, the features of
 import dataclasses
 import hashlib
 import os
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ def load(path: Path | None, data_dir: Path) -> FeatureSet:
     name = f"{emoji.EmojiBuilder.VERSION}-{hashlib.sha256(code).hexdigest()[:12]}.npz"
     kept = data_dir / "features" / name
     if not kept.exists():
+        _say(f"making features of the emoji set, once: this takes minutes; they are kept in {kept}")
         arrays = emoji_features(data_dir)
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.npz")
@@ -121,7 +123,8 @@ def emoji_features(data_dir: Path) -> dict[str, np.ndarray]:
     splits = {split: emoji.load_split(data_dir, split) for split in SPLITS}
     for split, source in splits.items():
         arrays[f"{split}/label"] = np.array([source[row]["label"] for row in range(len(source))], np.int32)
-    for modality in TOWER_OF:
+    for number, modality in enumerate(TOWER_OF):
+        _say(f"features of {modality}, modality {number + 1} of {len(TOWER_OF)}")
         of = {"vision": _pictures, "text": _words, "audio": _speech}[TOWER_OF[modality]]
         rows = {split: of(source, modality, split) for split, source in splits.items()}
         if TOWER_OF[modality] == "text":
@@ -130,6 +133,10 @@ def emoji_features(data_dir: Path) -> dict[str, np.ndarray]:
         whitened = whiten(rows, axes=AXES[TOWER_OF[modality]], ridge=RIDGES[TOWER_OF[modality]])
         arrays |= {f"{split}/{modality}": part for split, part in whitened.items()}
     return arrays
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def whiten(rows: Mapping[str, np.ndarray], *, axes: int, ridge: float) -> dict[str, np.ndarray]:

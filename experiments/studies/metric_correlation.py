@@ -5,10 +5,11 @@ along the run on the test split. Correlations are Spearman's; intervals are of 1
 objective at a temperature, with all their runs: those differ in their seed alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.stats
+from jaxtyping import Float
 
 from experiments.studies import drawings, measure, study
 from experiments.studies.families import PUBLISHED
@@ -20,34 +21,41 @@ OBJECTIVES = ("GRAM", "PMRL", "GRAM + pairwise InfoNCE", "anchored InfoNCE", "pa
 Run = Sequence[Mapping[str, float]]
 
 
-def spearman(points: Run, metric: str, recall: str) -> float:
-    """Correlation of the ranks; NaN if either does not vary."""
-    ranked = [scipy.stats.rankdata([point[name] for point in points]) for name in (metric, recall)]
-    return float(np.corrcoef(ranked)[0, 1]) if min(np.ptp(one) for one in ranked) > 0 else float("nan")
+def spearman(x: Float[np.ndarray, "*sets points"], y: Float[np.ndarray, "*sets points"]) -> Float[np.ndarray, "*sets"]:
+    """Correlation of the ranks along the last axis; NaN if either does not vary."""
+    x, y = (
+        ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (scipy.stats.rankdata(one, axis=-1) for one in (x, y))
+    )
+    with np.errstate(invalid="ignore"):
+        return np.sum(x * y, axis=-1) / np.sqrt(np.sum(x * x, axis=-1) * np.sum(y * y, axis=-1))
 
 
-def over_training(runs: Sequence[Run], metric: str, recall: str) -> float:
-    """Mean over runs of the correlation along the run."""
-    return float(np.nanmean([spearman(run, metric, recall) for run in runs]))
+def over_training(
+    x: Float[np.ndarray, "*sets runs snapshots"], y: Float[np.ndarray, "*sets runs snapshots"]
+) -> Float[np.ndarray, "*sets"]:
+    """Mean over runs of the correlation along the run; of those runs along which both vary."""
+    return np.nanmean(spearman(x, y), axis=-1)
 
 
-def over_runs(runs: Sequence[Run], metric: str, recall: str) -> float:
+def over_runs(
+    x: Float[np.ndarray, "*sets runs snapshots"], y: Float[np.ndarray, "*sets runs snapshots"]
+) -> Float[np.ndarray, "*sets"]:
     """Correlation over the ends of runs."""
-    return spearman([run[-1] for run in runs], metric, recall)
+    return spearman(x[..., -1], y[..., -1])
 
 
 def interval(
-    of, settings: Sequence[Sequence[Run]], metric: str, recall: str, samples: int = 1000
+    of: Callable[..., np.ndarray], settings: Sequence[Sequence[Run]], metric: str, recall: str, samples: int = 1000
 ) -> tuple[float, float, float]:
-    """A correlation with its 95% interval over resampled settings, each of them one or more runs."""
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(samples):
-        chosen = rng.integers(len(settings), size=len(settings))
-        drawn.append(of([run for number in chosen for run in settings[number]], metric, recall))
-    runs = [run for of_setting in settings for run in of_setting]
+    """A correlation with its 95% interval over resampled settings, all of the same number of runs."""
+    x, y = (np.array([[[one[name] for one in run] for run in runs] for runs in settings]) for name in (metric, recall))
+    every = np.arange(len(settings))
+    chosen = np.random.default_rng(0).integers(len(settings), size=(samples, len(settings)))
+    value, drawn = (
+        of(*(one[which].reshape(*which.shape[:-1], -1, one.shape[-1]) for one in (x, y))) for which in (every, chosen)
+    )
     low, high = np.nanpercentile(drawn, (2.5, 97.5))
-    return of(runs, metric, recall), float(low), float(high)
+    return float(value), float(low), float(high)
 
 
 def run(options: study.Options) -> None:
@@ -56,11 +64,10 @@ def run(options: study.Options) -> None:
     test = this.features.test
     runs: dict[str, list[list[Run]]] = {}
     for name in OBJECTIVES:
-        build, temperatures = PUBLISHED[name]
         runs[name] = []
-        for temperature in this.sweep(temperatures):
+        for objective in this.sweep(PUBLISHED[name]):
             of_setting = []
-            for trained in this.over_seeds(this.cell(build(temperature), snapshots=SNAPSHOTS)):
+            for trained in this.over_seeds(this.cell(objective, snapshots=SNAPSHOTS)):
                 embedded = [trained.embed(test, snapshot=number) for number in range(SNAPSHOTS)]
                 of_setting.append([measure.summary(one, options.anchor) for one in embedded])
             runs[name].append(of_setting)

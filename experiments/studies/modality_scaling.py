@@ -1,7 +1,7 @@
 """From two modalities to all there are: does another modality help, and does it take an anchor? (GRAM's ablation.)
 
 `python -m experiments.studies.modality_scaling`. Modalities are added in the order of `--modalities`, then the rest.
-Every objective keeps the temperature it was tuned to at `--modalities`. "Every anchor" lets each modality anchor the
+Every objective keeps the setting it was tuned to at `--modalities`. "Every anchor" lets each modality anchor the
 volume in turn; pairwise InfoNCE is the form of anchored InfoNCE without an anchor.
 """
 
@@ -23,7 +23,7 @@ def run(options: study.Options) -> None:
     rest = [name for name in this.features.modalities if name not in options.modalities]
     order = (options.anchor, *(name for name in options.modalities if name != options.anchor), *rest)
     chosen = {
-        name: this.tuned(*(PUBLISHED | CANDIDATES)[name]).objective
+        name: this.tuned(name, (PUBLISHED | CANDIDATES)[name]).objective
         for name in ("GRAM", "anchored InfoNCE", "pairwise InfoNCE", "GRAM + pairwise InfoNCE", "PMRL", *OURS)
     }
     volume = objectives.Contrast(chosen["GRAM"][0].temperature, score=scores.Volume(), every_anchor=True)
@@ -37,7 +37,7 @@ def run(options: study.Options) -> None:
     }
     panels = PANELS | {f"{order[0]} → {order[1]} alone": first_pair}
     this.write(
-        {"order": order, "rows": rows, "tuned": {name: str(objective) for name, objective in chosen.items()}},
+        {"order": order, "rows": rows},
         {f"{order}, mean of R@1, 5, 10, %": study.table(rows, panels, corner="objective, modalities")},
     )
     drawings.lines(

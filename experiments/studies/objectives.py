@@ -236,6 +236,41 @@ class Contrast(_Fixed):
         return jnp.mean(jnp.stack(values))
 
 
+# Of a distance from a span: below, it is cancellation in float32.
+SMALLEST = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class LogVolume(scores.Residual):
+    """Logarithm of the volume with a bias for each item: `log Vol_ij - bias log Vol_j`, `Vol_j` of the item alone.
+
+    With a bias of 1 the logarithm of the residual remains. Detached, the bias is a constant to the derivative: all of
+    `log Vol_ij` is learned, but no item gains in the comparison by its own volume.
+    """
+
+    bias: float = 0.0
+    detached: bool = False
+
+    def prepare(self, gallery, where):
+        """The span, and the logarithm of the volume in its place."""
+        return super().prepare(gallery, where)._replace(volume=linalg.log_volume(gallery, where))
+
+    def tile(self, queries, prepared):
+        """`[q, n]`."""
+        return self._log(super().tile(queries, prepared)) + self._own(prepared)[None, :]
+
+    def pairs(self, queries, prepared):
+        """`[n]`."""
+        return self._log(super().pairs(queries, prepared)) + self._own(prepared)
+
+    def _log(self, distance: Array) -> Array:
+        return jnp.log(jnp.maximum(distance, SMALLEST))
+
+    def _own(self, prepared: scores.Span) -> Array:
+        bias = self.bias * prepared.volume
+        return prepared.volume - (jax.lax.stop_gradient(bias) if self.detached else bias)
+
+
 @dataclasses.dataclass(frozen=True)
 class OwnVolume(_Fixed):
     """The mean volume of the modalities of an item but the anchor: the `D_j` of `gramjax.scores`.
@@ -281,4 +316,13 @@ def loss(
 
 def describe(objective: Objective) -> str:
     """The terms with their options, in a line."""
-    return " + ".join(f"{term.weight:g} {term}" for term in objective)
+    return " + ".join(f"{term.weight:g} {_described(term)}" for term in objective)
+
+
+def _described(value: Any) -> str:
+    """A dataclass with those fields that are not as by default, less the weight, which stands before a term."""
+    if not dataclasses.is_dataclass(value):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.name != "weight"]
+    chosen = [f"{field.name}={_described(given)}" for field, given in fields if given != field.default]
+    return f"{type(value).__name__}({', '.join(chosen)})"

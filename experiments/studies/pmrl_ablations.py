@@ -14,6 +14,7 @@ import numpy as np
 from experiments.studies import drawings, measure, objectives, study
 from experiments.studies.cells import Trained
 from experiments.studies.families import PUBLISHED
+from experiments.studies.features import FeatureSet
 from gramjax import losses
 
 ALIGNMENT_TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -32,7 +33,7 @@ FIGURES = {
 def run(options: study.Options) -> None:
     """All four parts."""
     this = study.Study("pmrl_ablations", options)
-    chosen = {name: this.tuned(*PUBLISHED[name]) for name in OBJECTIVES}
+    chosen = {name: this.tuned(name, PUBLISHED[name]) for name in OBJECTIVES}
     temperature = chosen["PMRL"].objective[1].temperature
     ablated = ablations(this, temperature)
     swept = temperature_sweep(this, temperature)
@@ -51,14 +52,15 @@ def run(options: study.Options) -> None:
     drawings.lines(
         {"gradient of the alignment term": {name: study.curve(row) for name, row in norms.items()}},
         this.folder / "saturation.png", x="temperature", y="mean norm of an item's gradient", scale=1.0,
-        logarithmic=True,
+        logarithmic="xy",
     )  # fmt: skip
     drawings.lines(
         {
             title: {name: study.curve(row) for name, row in rows.items()}
             for title, rows in (("noise at test", noisy), ("wrong training vectors", mismatched))
         },
-        this.folder / "noise.png", x="spreads of the features; share of the items", y="R@1, 5, 10, best score, %",
+        this.folder / "noise.png", x=("noise, in spreads of the features", "share of the training vectors"),
+        y="R@1, 5, 10, best score, %",
     )  # fmt: skip
 
 
@@ -95,16 +97,16 @@ def gradient_norms(this: study.Study):
     runs = this.over_seeds(this.cell((objectives.Pairwise(0.1),), snapshots=5))
     return {
         label: {
-            f"{alignment:g}": study.spread([gradient_norm(this, one, snapshot, alignment) for one in runs])
+            f"{alignment:g}": study.spread([gradient_norm(this.features, one, snapshot, alignment) for one in runs])
             for alignment in ALIGNMENT_TEMPERATURES
         }
         for label, snapshot in (("after a fifth of the steps", 0), ("after three fifths", 2), ("at the end", 4))
     }
 
 
-def gradient_norm(this: study.Study, trained: Trained, snapshot: int, temperature: float) -> float:
+def gradient_norm(features: FeatureSet, trained: Trained, snapshot: int, temperature: float) -> float:
     """Mean over training items of the norm of the gradient of the alignment loss of the item."""
-    train = {name: bank[:, 0] for name, bank in this.features.train.items()}
+    train = {name: bank[:, 0] for name, bank in features.train.items()}
     z = jnp.stack([jnp.asarray(value) for value in trained.embed(train, snapshot=snapshot).values()], axis=1)
     gradient = jax.grad(lambda z: losses.alignment_loss(z, temperature=temperature, reduction="sum"))(z)
     return float(jnp.mean(jnp.sqrt(jnp.sum(jnp.square(gradient), axis=(1, 2)))))

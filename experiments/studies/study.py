@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from experiments.config import ConfigError
-from experiments.studies import cells, features, measure
+from experiments.studies import cells, features, measure, objectives
 from experiments.studies.cells import Cell, Trained
 
 QUICK_STEPS = 10
@@ -55,6 +55,8 @@ class Study:
             raise ConfigError(f"modalities must be two or more, got {options.modalities}")
         self.seeds = range(1 if options.quick else options.seeds or seeds)
         self.folder = options.output / name
+        self.validated: dict[str, list[tuple[float, Cell]]] = {}
+        """Of what was tuned, every setting with its recall on validation, best first."""
 
     def cell(self, objective: cells.Objective, **settings: Any) -> Cell:
         """A cell on this study's modalities, unless `settings` says otherwise."""
@@ -81,30 +83,47 @@ class Study:
         found = [measure.summary(trained.embed(self.features.test), cell.anchor) for trained in self.over_seeds(cell)]
         return [{**one, "recall by best score": one[best]} for one in found]
 
+    def validation(self, cell: Cell) -> dict[str, float]:
+        """Recall of items on validation by every score, mean over all seeds."""
+        found = [measure.joint(one.embed(self.features.validation), cell.anchor) for one in self.over_seeds(cell)]
+        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
     def best_score(self, cell: Cell) -> str:
         """The score with the best recall of items on validation, over all seeds."""
-        found = [measure.joint(one.embed(self.features.validation), cell.anchor) for one in self.over_seeds(cell)]
-        return max(found[0], key=lambda name: np.mean([one[name] for one in found]))
+        found = self.validation(cell)
+        return max(found, key=found.__getitem__)
 
-    def tuned(self, family: Callable[[float], cells.Objective], temperatures: Sequence[float], **settings: Any) -> Cell:
-        """The temperature with the best recall of items on validation, by whichever score is best, over two seeds."""
+    def tuned(self, name: str, candidates: Sequence[cells.Objective], **settings: Any) -> Cell:
+        """The candidate with the best recall of items on validation, by whichever score is best, over two seeds.
+
+        What was found is kept under `name`, and `write` says it.
+        """
         if self.options.quick:
-            temperatures = temperatures[len(temperatures) // 2 :][:1]
-        candidates = [self.cell(family(temperature), **settings) for temperature in temperatures]
-        if len(candidates) == 1:
-            return candidates[0]
-        recalls = []
-        for candidate in candidates:
-            of_two = self.train([dataclasses.replace(candidate, seed=seed) for seed in self.seeds[:2]])
-            validation = self.features.validation
-            recalls.append(
-                np.mean([max(measure.joint(one.embed(validation), candidate.anchor).values()) for one in of_two])
-            )
-        return candidates[int(np.argmax(recalls))]
+            candidates = candidates[len(candidates) // 2 :][:1]
+        found = []
+        for cell in [self.cell(candidate, **settings) for candidate in candidates]:
+            of_two = self.train([dataclasses.replace(cell, seed=seed) for seed in self.seeds[:2]])
+            joint = [measure.joint(one.embed(self.features.validation), cell.anchor) for one in of_two]
+            found.append((float(np.mean([max(one.values()) for one in joint])), cell))
+        self.validated[name] = sorted(found, key=lambda one: one[0], reverse=True)
+        return self.validated[name][0][1]
 
     def write(self, results: Mapping[str, Any], tables: Mapping[str, str]) -> None:
-        """`results.json`, and `results.md` with every table under its heading, which is also printed."""
+        """`results.json`, and `results.md` with every table under its heading, which is also printed.
+
+        Both end with the settings that were tuned, if any were.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        tuned = {
+            name: {"setting": objectives.describe(cell.objective), "validation": recall, "tried": 1 + len(others)}
+            for name, [(recall, cell), *others] in self.validated.items()
+        }
+        if tuned:
+            results = {**results, "tuned": tuned}
+            lines = ["| objective | setting | recall on validation, % | settings tried |", "| :-- | :-- | --: | --: |"]
+            for name, one in tuned.items():
+                lines.append(f"| {name} | {one['setting']} | {100 * one['validation']:.1f} | {one['tried']} |")
+            tables = {**tables, "Settings, chosen on validation over two seeds by the best score": "\n".join(lines)}
         text = "\n\n".join(f"## {heading}\n\n{table}" for heading, table in tables.items())
         record = {"features": self.features.fingerprint, "seeds": len(self.seeds), **results}
         (self.folder / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

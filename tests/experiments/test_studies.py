@@ -1,6 +1,7 @@
 """The studies: what a cell trains on and keeps, what is measured, and that every study runs from features to tables."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -167,13 +168,19 @@ def test_classification_figures():
 def test_the_tuned_temperature_is_the_best_on_validation(file, tmp_path):
     this = study.Study("t", study.Options(features=file, anchor="text", modalities=NAMES, output=tmp_path, seeds=1))
     settings = {"steps": 6, "batch_size": 16, "embed_dim": 5, "hidden": 7}
-    temperatures = (0.05, 30.0)
-    cell = this.tuned(lambda t: (objectives.Pairwise(t),), temperatures, **settings)
+    candidates = [(objectives.Pairwise(temperature, weight=0.5),) for temperature in (0.05, 30.0)]
+    cell = this.tuned("pairs", candidates, **settings)
     recalls = {}
-    for temperature in temperatures:
-        (trained,) = this.train([this.cell((objectives.Pairwise(temperature),), **settings)])
-        recalls[temperature] = max(measure.joint(trained.embed(this.features.validation), "text").values())
-    assert cell.objective[0].temperature == max(recalls, key=recalls.__getitem__)
+    for candidate in candidates:
+        (trained,) = this.train([this.cell(candidate, **settings)])
+        recalls[candidate] = max(measure.joint(trained.embed(this.features.validation), "text").values())
+    best = max(recalls, key=recalls.__getitem__)
+    assert cell.objective == best
+    this.write({}, {})
+    tuned = json.loads((tmp_path / "t" / "results.json").read_text())["tuned"]["pairs"]
+    assert tuned == {"setting": objectives.describe(best), "validation": pytest.approx(recalls[best]), "tried": 2}
+    line = f"| pairs | 0.5 Pairwise(temperature={best[0].temperature:g}) | {100 * recalls[best]:.1f} | 2 |"
+    assert line in (tmp_path / "t" / "results.md").read_text().splitlines()
 
 
 def test_tables():
@@ -232,8 +239,34 @@ def test_whitening_evens_out_training_axes_and_moves_the_rest_with_them():
 
 
 def test_families_have_distinct_objectives():
-    built = [family.build(0.1) for family in (PUBLISHED | CANDIDATES).values()]
-    assert len({repr(objective) for objective in built}) == len(built)
+    every = [candidate for family in (PUBLISHED | CANDIDATES).values() for candidate in {*map(repr, family)}]
+    assert all(len({*map(repr, family)}) == len(family) for family in (PUBLISHED | CANDIDATES).values())
+    # Only a sum that is tuned apart has the settings of the one with a single temperature as well.
+    shared = [
+        one for name in CANDIDATES if ", tuned apart" in name for one in (PUBLISHED | CANDIDATES).get(name[:-13], [])
+    ]
+    assert len(every) - len({*every}) == len(shared)
+
+
+def test_log_volumes_against_determinants():
+    rng = np.random.default_rng(0)
+    z = reference.unit(rng, 5, 3, 8)
+    own = np.array([np.log(reference.volume(item[1:])) for item in z])
+    table = np.array([[np.log(reference.volume([query[0], *item[1:]])) for item in z] for query in z])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def of(score, queries, items):
+        there = jnp.ones((5, 2), bool)
+        pairs = lambda by: score.pairs(queries, score.prepare(by * items, there))  # noqa: E731
+        return score.tile(queries, score.prepare(items, there)), pairs(1.0), jax.grad(lambda by: pairs(by).mean())(1.0)
+
+    for bias, detached in ((0.5, False), (1.0, True)):
+        score = objectives.LogVolume(bias=bias, detached=detached)
+        found, pairs, growth = of(score, jnp.asarray(z[:, 0], jnp.float32), jnp.asarray(z[:, 1:], jnp.float32))
+        np.testing.assert_allclose(found, table - bias * own, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(pairs, np.diag(table) - bias * own, rtol=1e-4, atol=1e-6)
+        # The logarithm of an item's own volume grows by 1 with that of each of its two vectors' lengths.
+        assert float(growth) == pytest.approx(2 * (1 - (0.0 if detached else bias)), rel=1e-4)
 
 
 @pytest.mark.slow
