@@ -43,7 +43,8 @@ def run(options: study.Options) -> None:
         runs = this.over_seeds(this.tuned(name, (PUBLISHED | CANDIDATES)[name]))
         for score in SCORES:
             examined[f"{name}, {score}"] = study.spreads([examine(this.features, trained, score) for trained in runs])
-    rows, searched = compared(this, {name: (candidates, {}) for name, candidates in (PUBLISHED | CANDIDATES).items()})
+    families = this.sweep([(name, (candidates, {})) for name, candidates in (PUBLISHED | CANDIDATES).items()])
+    rows, searched = compared(this, dict(families))
     ranked = sorted(rows, key=lambda name: searched[name]["validation"], reverse=True)
     groups = [[name for name in ranked if name in group] for group in (PUBLISHED, CANDIDATES)]
     finalists = {
