@@ -63,7 +63,7 @@ class EvaluateClips:
     score: Literal["volume", "residual", "cone", "leading_direction", "cosine"] = "volume"
     """Of the first stage; volume as published. By volume, clips that lack a modality are found late or never."""
     candidates: int = 50
-    """How many of the best the second stage re-ranks."""
+    """How many of the best the second stage re-ranks; all, where there are fewer."""
     captions: Literal["all", "first"] = "all"
     """All captions of a clip, or the first alone as the published loader."""
     require: tuple[Modality, ...] = ()
@@ -133,7 +133,7 @@ class Embedded:
                 item_ids=jnp.asarray(chosen_ids, jnp.int32),
                 item_where=jnp.asarray(self.where[rows]),
                 score=SCORES[options.score],
-                k=min(options.candidates, len(texts), len(rows)),
+                k=options.candidates,
             )
 
 
