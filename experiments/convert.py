@@ -25,6 +25,8 @@ from gramjax.checkpoints import (
     read_state_dict,
     save_model,
 )
+from gramjax.checkpoints.folders import check_destination
+from gramjax.checkpoints.models import MARKS
 from gramjax.checkpoints.torch_models import ModelConfig
 from gramjax.encoders import BERTConfig, VisionConfig
 from gramjax.encoders.conversion import parameter_count
@@ -71,7 +73,7 @@ class Convert:
     """Published run that the model comes from, as of `experiments.train --config`. Its frames, slices, lengths of texts
     and what its matching head reads are kept with the model, and are then the defaults of what uses it."""
     overwrite: bool = False
-    """Replace what is at the destination."""
+    """Replace the model that is at the destination, with all that is in its folder."""
     other_image_size: bool = False
     """Interpolate the vision tower's position embeddings if the file is for pictures of another size than the model;
     otherwise it is refused."""
@@ -82,8 +84,7 @@ class Convert:
 
 
 def main(options: Convert) -> None:
-    if options.destination.exists() and not options.overwrite:
-        raise ValueError(f"destination must not exist unless --overwrite, got {options.destination}")
+    check_destination(options.destination, MARKS, overwrite=options.overwrite, name="destination", option="--overwrite")
     config = _config(options)
     if options.published is not None and not isinstance(config, GramConfig):
         raise ValueError(f"published is of a whole model, got it for a {type(config).__name__}")

@@ -30,7 +30,7 @@ from experiments.galleries import (
 from experiments.runs import load_run
 from experiments.usage import read_usage
 from gramjax import retrieval, scores
-from gramjax.checkpoints.folders import whole_folder
+from gramjax.checkpoints.folders import check_destination, whole_folder
 from gramjax.data import clips, emoji
 from gramjax.models import GramModel, from_json, to_json
 
@@ -114,11 +114,8 @@ class Contents:
 
 
 def main(options: Embed) -> None:
-    if options.index.exists():
-        if not options.overwrite:
-            raise ValueError(f"index must not exist unless --overwrite, got {options.index}")
-        if not (options.index / CONTENTS).is_file():
-            raise ValueError(f"index must be one to be replaced, got {options.index}, which is something else")
+    # First, as clips take long.
+    check_destination(options.index, (CONTENTS,), overwrite=options.overwrite, name="index", option="--overwrite")
     if options.emoji:
         config, model, _ = load_run(options.model)
         gallery = emoji_gallery(config)

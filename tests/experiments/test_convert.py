@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from experiments.convert import BEATsFile, Convert, GramFile, JSONFile, main
-from experiments.usage import Usage, read_usage
+from experiments.usage import Usage, read_usage, save_with_usage
 from gramjax.checkpoints import load_loss_parameters, load_model, load_torch, read_beats_config
 from gramjax.data.clips import MSRVTT
 from gramjax.models import gram_tiny, to_json
@@ -62,10 +62,16 @@ def test_errors_leave_the_destination_as_it_was(tmp_path):
     (tmp_path / "there" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="destination must not exist unless --overwrite"):
         main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "there", BEATsFile()))
+    with pytest.raises(ValueError, match="destination must be one to be replaced"):
+        main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "there", BEATsFile(), overwrite=True))
+    with pytest.raises(ValueError, match="destination must be where a folder can be made"):  # before anything is read
+        main(Convert(GOLDEN / "none.pt", tmp_path / "there" / "mine.txt" / "new", BEATsFile()))
+    with pytest.raises(ValueError, match="path must be one to be replaced"):
+        save_with_usage(tmp_path / "there", None, Usage())
     with pytest.raises(ValueError, match="published is of a whole model, got it for a BEATsConfig"):
         main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "new", BEATsFile(), published="gram_msrvtt"))
     with pytest.raises(ValueError, match="no configuration of BEATs"):
-        main(Convert(GOLDEN / "eva_tiny_fp16.pt", tmp_path / "there", BEATsFile(), overwrite=True))
+        main(Convert(GOLDEN / "eva_tiny_fp16.pt", tmp_path / "new", BEATsFile()))
     (tmp_path / "wrong.json").write_text(json.dumps({"type": "BERTConfig", "widht": 3}))
     with pytest.raises(ValueError, match="BERTConfig has no widht"):
         main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "new", JSONFile(tmp_path / "wrong.json")))

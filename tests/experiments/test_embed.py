@@ -49,7 +49,7 @@ def test_clips_are_indexed_with_what_they_have(clip_index):
     }
 
 
-def test_a_folder_without_annotations_and_without_words(clip_index, tmp_path, capsys):
+def test_a_folder_without_annotations_and_without_words(clip_index, tmp_path, capsys, monkeypatch):
     options = dataclasses.replace(
         clip_index.options, index=tmp_path / "index", annotations=None, audios=None, vocabulary=None, score="volume"
     )
@@ -69,6 +69,10 @@ def test_a_folder_without_annotations_and_without_words(clip_index, tmp_path, ca
     with pytest.raises(ValueError, match="index must be one to be replaced"):
         embed.main(dataclasses.replace(options, index=clip_index.clips, overwrite=True))
     assert (clip_index.clips / "red.mp4").exists()
+    # Said before any clip is read.
+    monkeypatch.setattr(embed, "embed_items", None)
+    with pytest.raises(ValueError, match=r"index must be where a folder can be made, got .*red\.mp4/index: "):
+        embed.main(dataclasses.replace(options, index=clip_index.clips / "red.mp4" / "index"))
     embed.write_index(tmp_path / "index", index, dataclasses.replace(contents, model="elsewhere"))
     assert embed.read_index(tmp_path / "index")[1].model == "elsewhere"
     assert os.listdir(tmp_path) == ["index"]
