@@ -56,7 +56,8 @@ class EvaluateClips:
     output: Path | None = None
     """Folder for the results; default: MODEL-evaluation-CONFIG beside the model's."""
     modalities: tuple[Modality, ...] | None = None
-    """Of clips; default: those of the data set that clips and model have."""
+    """Of clips; default: those of the data set that clips and model have (with --absent silence: also sound and
+    subtitles that no clip has)."""
     match: tuple[Modality, ...] | None = None
     """What the matching head reads, in this order; default: what it was trained on, if the model's folder says so, or
     vision and audio."""
@@ -70,7 +71,7 @@ class EvaluateClips:
     """Drop clips without a file for these; the published loader drops those without vision or audio."""
     absent: Literal["masked", "silence"] = "masked"
     """Clips without sound or subtitles: compared and matched by the rest alone (masked), or, as published, with the
-    embeddings of silence and of an empty text (silence). What else a clip lacks is masked."""
+    embeddings of silence and of an empty text (silence), even if no clip has any. What else a clip lacks is masked."""
     frames: int | None = None
     """Frames of a clip; default: the model's if it was trained on this data set, else the data set's."""
     slices: int | None = None
@@ -154,7 +155,8 @@ def evaluate(options: EvaluateClips) -> dict[str, Any]:
     config = read_gram_config(options.model)
     if "caption" not in config.modalities:
         raise ValueError(f"model must embed captions, got one of {', '.join(config.modalities)}")
-    gallery = clip_gallery(config, folder, _wanted(options), vocabulary=options.vocabulary)
+    always = SILENT if options.absent == "silence" else ()
+    gallery = clip_gallery(config, folder, _wanted(options), vocabulary=options.vocabulary, always=always)
     match_with = matched_modalities(config, gallery.modalities, options.match or read_usage(options.model).condition)
     # Last, as it may be large and what was asked for impossible.
     model = gallery.load(options.model, shardings=everywhere)

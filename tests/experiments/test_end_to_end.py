@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import clip_task, convert, embed, evaluate_clips, search, train
+from experiments import clip_task, convert, embed, evaluate_clips, galleries, search, train
 from gramjax.checkpoints import export_torch, load_loss_parameters, load_model, load_torch, read_state_dict
 from gramjax.data import audio, clips, media, vision
 from gramjax.data.wordpiece import WordPieceTokenizer
@@ -197,6 +197,34 @@ def test_silence_stands_for_absent_sound_and_subtitles(results, silence_results,
     assert not batch["audio"][names.index("blue")].any()
     for clip, count in (("blue", 2), ("green", 4)):  # [CLS] [SEP], and words between
         assert batch["subtitle"]["mask"][names.index(clip)].sum() == count
+
+
+@pytest.mark.parametrize(
+    ("changes", "modalities"),
+    [
+        ({}, ("vision", "audio")),
+        ({"absent": "silence"}, ("vision", "audio", "subtitle")),
+        ({"absent": "silence", "config": "didemo"}, ("vision", "audio")),
+        ({"absent": "silence", "modalities": ("vision",), "match": ("vision",)}, ("vision",)),
+    ],
+)
+def test_subtitles_that_no_clip_has(clip_index, converted, tmp_path, monkeypatch, changes, modalities):
+    """Silence of a whole set takes part as that of a single clip does, wherever the data set has subtitles."""
+    rows = [{name: value for name, value in row.items() if name != "subtitle"} for row in ROWS[:-1]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    class Embedding(Exception):
+        pass
+
+    def embed_items(model, batches, modalities, **options):
+        raise Embedding(modalities)
+
+    monkeypatch.setattr(evaluate_clips, "embed_items", embed_items)
+    monkeypatch.setattr(galleries.ClipGallery, "load", staticmethod(lambda path, shardings: None))
+    options = {"annotations": tmp_path / "rows.json", "config": "msrvtt", "output": tmp_path} | changes
+    with pytest.raises(Embedding) as seen:
+        evaluate_clips.evaluate(dataclasses.replace(converted.options, **options))
+    assert seen.value.args == (modalities,)
 
 
 def test_what_was_read_is_said(results, truth):
