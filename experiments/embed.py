@@ -17,7 +17,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.cli import one_line_errors
+from experiments.cli import interrupts_end_at_once, one_line_errors, removed_if_interrupted
 from experiments.encoding import embed_items, everywhere
 from experiments.galleries import (
     ClipGallery,
@@ -174,7 +174,7 @@ def write_index(path: Path, index: retrieval.Index, contents: Contents, report: 
       contents: what the index is of.
       report: what was found of the clips, and what was not; None: nothing is said of that.
     """
-    with whole_folder(path) as folder:
+    with whole_folder(path) as folder, removed_if_interrupted(folder):
         retrieval.save_index(index, folder / INDEX)
         text = json.dumps(to_json(contents), indent=1, ensure_ascii=False)
         (folder / CONTENTS).write_text(text + "\n", encoding="utf-8")
@@ -228,5 +228,5 @@ def _item(clip: clips.Clip) -> Item:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with interrupts_end_at_once("interrupted"), one_line_errors():
         main(tyro.cli(Embed, description=__doc__))

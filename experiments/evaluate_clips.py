@@ -5,10 +5,11 @@
 lack something, were dropped or could not be read, to `converted-evaluation-msrvtt`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,12 @@ import tyro
 from tqdm import tqdm
 
 from experiments import report
+from experiments.cli import interrupts_end_at_once, one_line_errors, removed_if_interrupted
 from experiments.embed import SCORES
 from experiments.encoding import Loaded, Matcher, embed_items, everywhere, matched_modalities
 from experiments.galleries import ClipGallery, clip_gallery, read_gram_config
 from experiments.usage import read_usage
+from gramjax._locks import exclusive
 from gramjax.data import clips
 from gramjax.data.wordpiece import WordPieceTokenizer
 from gramjax.evaluation import TwoStageRetrieval, two_stage_retrieval
@@ -158,18 +161,18 @@ def evaluate(options: EvaluateClips) -> dict[str, Any]:
     always = SILENT if options.absent == "silence" else ()
     gallery = clip_gallery(config, folder, _wanted(options), vocabulary=options.vocabulary, always=always)
     match_with = matched_modalities(config, gallery.modalities, options.match or read_usage(options.model).condition)
-    # Last, as it may be large and what was asked for impossible.
-    model = gallery.load(options.model, shardings=everywhere)
-    with tempfile.TemporaryDirectory(dir=_output(options), prefix=".conditions-") as conditions:
+    with _conditions(_output(options)) as conditions:
+        # Last, as it may be large and what was asked for impossible.
+        model = gallery.load(options.model, shardings=everywhere)
         batches = gallery.batches(folder, options.batch_size)
         batches = _silenced(batches) if options.absent == "silence" else batches
         batches = _progress(batches, len(folder), options.batch_size, "clips")
         modalities = gallery.modalities
-        vectors, where = embed_items(model, batches, modalities, match_with=match_with, conditions=Path(conditions))
+        vectors, where = embed_items(model, batches, modalities, match_with=match_with, conditions=conditions)
         if not where.any():
             reasons = [reason for found in folder.report.unreadable.values() for reason in found.values()]
             raise ValueError(f"none of {len(folder)} clips can be read; the first: {reasons[0]}")
-        embedded = Embedded(model, gallery, vectors, where, Matcher(model, Path(conditions)), options)
+        embedded = Embedded(model, gallery, vectors, where, Matcher(model, conditions), options)
         figures = {"retrieval": _retrieval(embedded, folder), "classification": _classification(embedded, folder)}
     lacking = {
         name: len(folder.report.missing[name]) + len(folder.report.unreadable.get(name, ())) for name in modalities
@@ -287,8 +290,28 @@ def _output(options: EvaluateClips) -> Path:
     # Not in the model's folder, which is replaced as a whole when the model is exported or converted again.
     model = Path(os.path.abspath(options.model))
     output = options.output or model.with_name(f"{model.name}-evaluation-{_data_set(options)}")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output must be a folder to write to, got {output}: {error.strerror}") from error
     return output
+
+
+@contextlib.contextmanager
+def _conditions(output: Path) -> Iterator[Path]:
+    """A folder for what texts are matched with, in that of the results; what a killed evaluation left goes first."""
+    folder = output / ".conditions"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(output / ".lock", wait=False))
+        except BlockingIOError as error:
+            raise ValueError(f"output {output} is being written to by another evaluation; choose another") from error
+        except OSError as error:
+            raise ValueError(f"output must be a folder to write to, got {output}: {error.strerror}") from error
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield stack.enter_context(removed_if_interrupted(folder))
 
 
 def _silenced(batches: Iterable[Loaded]) -> Iterator[Loaded]:
@@ -314,7 +337,5 @@ def _text_batches(tokens: dict[str, np.ndarray], batch_size: int) -> Iterator[Lo
 
 
 if __name__ == "__main__":
-    try:
+    with interrupts_end_at_once("interrupted"), one_line_errors():
         main(tyro.cli(EvaluateClips, description=__doc__))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from experiments import figures
-from experiments.cli import one_line_errors
+from experiments.cli import interrupts_end_at_once, one_line_errors, removed_if_interrupted
 from experiments.embed import SCORES, Contents, model_digest, read_index
 from experiments.encoding import Matcher, embed_items, matched_modalities
 from experiments.galleries import ClipGallery, Item
@@ -107,7 +107,7 @@ def _reranked(
     gallery = dataclasses.replace(gallery, config=dataclasses.replace(gallery.config, modalities=modalities))
     folder = clips.ClipFolder.of([one.item.clip() for one in found])
     numbers = np.arange(len(found))
-    with tempfile.TemporaryDirectory() as conditions:
+    with tempfile.TemporaryDirectory() as conditions, removed_if_interrupted(Path(conditions)):
         # Few at a time: a machine that searches may be smaller than the one that embedded.
         batches = gallery.batches(folder, min(len(found), 4))
         embed_items(model, batches, modalities, match_with=modalities, conditions=Path(conditions))
@@ -151,5 +151,5 @@ def main(options: Search) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with interrupts_end_at_once("interrupted"), one_line_errors():
         main(tyro.cli(Search, description=__doc__))

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from experiments import clip_task, convert, embed, evaluate_clips, galleries, search, train
+from gramjax._locks import exclusive
 from gramjax.checkpoints import export_torch, load_loss_parameters, load_model, load_torch, read_state_dict
 from gramjax.data import audio, clips, media, vision
 from gramjax.data.wordpiece import WordPieceTokenizer
@@ -225,6 +226,32 @@ def test_subtitles_that_no_clip_has(clip_index, converted, tmp_path, monkeypatch
     with pytest.raises(Embedding) as seen:
         evaluate_clips.evaluate(dataclasses.replace(converted.options, **options))
     assert seen.value.args == (modalities,)
+
+
+def test_conditions_are_kept_in_a_folder_of_its_own(converted, tmp_path, monkeypatch):
+    """A killed evaluation may have left one; another that runs keeps its own."""
+    seen = []
+
+    def embed_items(*_, conditions, **options):
+        seen.append((conditions, list(conditions.iterdir())))
+        raise ValueError("stop")
+
+    monkeypatch.setattr(evaluate_clips, "embed_items", embed_items)
+    monkeypatch.setattr(galleries.ClipGallery, "load", staticmethod(lambda path, shardings: None))
+    options = dataclasses.replace(converted.options, output=tmp_path / "output")
+    left = tmp_path / "output" / ".conditions"
+    left.mkdir(parents=True)
+    (left / "0.npy").touch()
+    with exclusive(tmp_path / "output" / ".lock"), pytest.raises(ValueError, match="by another evaluation"):
+        evaluate_clips.evaluate(options)
+    assert (left / "0.npy").exists()
+    with pytest.raises(ValueError, match="stop"):
+        evaluate_clips.evaluate(options)
+    assert seen == [(left, [])]
+    assert not left.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output must be a folder to write to, got .*file: "):
+        evaluate_clips.evaluate(dataclasses.replace(options, output=tmp_path / "file"))
 
 
 def test_what_was_read_is_said(results, truth):
