@@ -6,6 +6,9 @@
 `python -m experiments.convert BEATs_iter3_plus_AS2M.pt converted audio`
 `python -m experiments.convert bert-base-uncased converted text`
 `python -m experiments.convert tiny.pt converted json --path model.json`
+
+A model of other sizes than the released ones is described by a JSON file, which
+`json.dump(gramjax.models.to_json(config), file)` writes of its configuration (`gramjax.models.GramConfig`).
 """
 
 from dataclasses import dataclass
@@ -48,7 +51,7 @@ class JSONFile:
     """Any model."""
 
     path: Path
-    """JSON file with its configuration, as in a converted folder."""
+    """JSON file with its configuration, as in a converted folder: json.dump(gramjax.models.to_json(config), file)."""
 
 
 Model = (
@@ -88,7 +91,15 @@ def main(options: Convert) -> None:
     config = _config(options)
     if options.published is not None and not isinstance(config, GramConfig):
         raise ValueError(f"published is of a whole model, got it for a {type(config).__name__}")
-    model = load_torch(options.source, config, other_image_size=options.other_image_size)
+    try:
+        model = load_torch(options.source, config, other_image_size=options.other_image_size)
+    except ValueError as error:
+        if "wrong shape: " not in str(error):
+            raise
+        raise ValueError(
+            f"{error}\nThe file has other sizes than this {type(config).__name__}; describe its own with json --path "
+            "FILE, which --help explains"
+        ) from error
     scalars = _loss_parameters(options, model)
     if options.published is None:
         save_model(options.destination, model, loss_parameters=scalars, overwrite=options.overwrite)

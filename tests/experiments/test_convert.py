@@ -57,6 +57,15 @@ def test_a_file_of_other_sizes_than_the_released_ones_is_refused(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_file_of_other_sizes_is_told_how_to_be_described(tmp_path):
+    config = dataclasses.replace(read_beats_config(GOLDEN / "beats_tiny.pt"), mlp_dim=3)
+    (tmp_path / "other.json").write_text(json.dumps(to_json(config)))
+    with pytest.raises(
+        ValueError, match=r"wrong shape: (.|\n)*\nThe file has other sizes than this BEATsConfig; .* json"
+    ):
+        main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "model", JSONFile(tmp_path / "other.json")))
+
+
 def test_errors_leave_the_destination_as_it_was(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").write_text("mine")
