@@ -88,6 +88,8 @@ class Convert:
 
 def main(options: Convert) -> None:
     check_destination(options.destination, MARKS, overwrite=options.overwrite, name="destination", option="--overwrite")
+    if not options.source.exists():
+        raise ValueError(f"source must be a file or a folder, got {options.source}, which does not exist")
     config = _config(options)
     if options.published is not None and not isinstance(config, GramConfig):
         raise ValueError(f"published is of a whole model, got it for a {type(config).__name__}")

@@ -108,6 +108,8 @@ class ClipGallery:
 
 def read_gram_config(path: Path) -> GramConfig:
     """The configuration of a folder that `experiments.convert` wrote, without its parameters."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model must be a folder that experiments.convert wrote, got {path}, which has no config.json")
     config = read_config(path / "config.json")
     if not isinstance(config, GramConfig):
         raise ValueError(f"model must be a whole model with a GramConfig, got {type(config).__name__} in {path}")

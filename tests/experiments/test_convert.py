@@ -84,6 +84,10 @@ def test_errors_leave_the_destination_as_it_was(tmp_path):
     (tmp_path / "wrong.json").write_text(json.dumps({"type": "BERTConfig", "widht": 3}))
     with pytest.raises(ValueError, match="BERTConfig has no widht"):
         main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "new", JSONFile(tmp_path / "wrong.json")))
+    (tmp_path / "wrong.json").write_text(json.dumps([{"id": 1, "caption": "a dog"}] * 100))
+    with pytest.raises(ValueError, match=r"wrong.json does not describe a model: .* got \[\{") as error:
+        main(Convert(GOLDEN / "beats_tiny.pt", tmp_path / "new", JSONFile(tmp_path / "wrong.json")))
+    assert len(str(error.value)) < 500
     assert sorted(os.listdir(tmp_path)) == ["there", "wrong.json"]
     assert (tmp_path / "there" / "mine.txt").read_text() == "mine"
 

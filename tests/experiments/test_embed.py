@@ -99,7 +99,7 @@ def test_what_cannot_be_indexed_leaves_nothing(clip_index, tmp_path):
     (broken / "a.mp4").write_text("no video")
     fails(r"none of 1 clips can be read; the first: .*a\.mp4", clips=broken)
     fails("media must be a folder, got .*nowhere", clips=tmp_path / "nowhere")
-    fails("No such file", model=tmp_path / "nowhere")
+    fails(r"model must be a folder that .* wrote, got .*nowhere, which has no config\.json", model=tmp_path / "nowhere")
     words = clip_index.vocabulary.read_text().split()
     for tokens in (words[:-1], [*words, "more"]):
         (tmp_path / "other.txt").write_text("\n".join(tokens))

@@ -106,7 +106,7 @@ def test_runs_that_cannot_be_loaded(run_dir):
         ("search", ["{}/none", "words"], "index must be a folder that experiments.embed wrote, got"),
         ("seeds", ["{}/none", "{}/broken"], "runs must have been evaluated; there is no"),
         ("seeds", ["{}/broken", "{}/none"], "is damaged or no run's results; evaluate the run again"),
-        ("convert", ["{}/none.pt", "{}/model", "gram"], "No such file"),
+        ("convert", ["{}/none.pt", "{}/model", "gram"], "source must be a file or a folder, got"),
         ("convert", ["{}/broken/config.json", "{}/model", "gram"], ""),
     ],
 )
