@@ -39,7 +39,10 @@ def interrupts_end_at_once(message: str) -> Iterator[None]:
     def end(*_: object) -> None:
         os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
         for folder in tuple(_UNFINISHED):
-            shutil.rmtree(folder, ignore_errors=True)
+            for _ in range(100):  # other threads may still be writing to it
+                shutil.rmtree(folder, ignore_errors=True)
+                if not folder.exists():
+                    break
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, end)

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments.cli import one_line_errors
+from experiments.cli import interrupts_end_at_once, one_line_errors, removed_if_interrupted
 from experiments.clip_config import PUBLISHED
 from experiments.usage import Usage, save_with_usage
 from gramjax.checkpoints import (
@@ -28,7 +28,7 @@ from gramjax.checkpoints import (
     read_state_dict,
     save_model,
 )
-from gramjax.checkpoints.folders import check_destination
+from gramjax.checkpoints.folders import check_destination, partial_folder
 from gramjax.checkpoints.models import MARKS
 from gramjax.checkpoints.torch_models import ModelConfig
 from gramjax.encoders import BERTConfig, VisionConfig
@@ -103,11 +103,14 @@ def main(options: Convert) -> None:
             "FILE, which --help explains"
         ) from error
     scalars = _loss_parameters(options, model)
-    if options.published is None:
-        save_model(options.destination, model, loss_parameters=scalars, overwrite=options.overwrite)
-    else:
-        _, run = PUBLISHED[options.published]
-        save_with_usage(options.destination, model, Usage(run.clips, run.condition), loss_parameters=scalars)
+    partial = partial_folder(options.destination)
+    # With usage, the model is a whole folder within another.
+    with removed_if_interrupted(partial), removed_if_interrupted(partial_folder(partial)):
+        if options.published is None:
+            save_model(options.destination, model, loss_parameters=scalars, overwrite=options.overwrite)
+        else:
+            _, run = PUBLISHED[options.published]
+            save_with_usage(options.destination, model, Usage(run.clips, run.condition), loss_parameters=scalars)
     print(f"{options.destination}: {type(model).__name__}, {parameter_count(model):,} parameters")
 
 
@@ -132,5 +135,5 @@ def _config(options: Convert) -> ModelConfig:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with interrupts_end_at_once("interrupted"), one_line_errors():
         main(tyro.cli(Convert, description=__doc__))

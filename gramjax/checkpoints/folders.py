@@ -40,6 +40,12 @@ def check_destination(
         raise ValueError(f"{name} must be where a folder can be made, got {path}: {error.strerror}") from error
 
 
+def partial_folder(path: Path) -> Path:
+    """Where this process fills the folder that is to become `path`, see `whole_folder`."""
+    path = path.absolute()
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `path` when the block ends, and is gone if that raises.
@@ -47,7 +53,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     What was at `path` stays there until then, and is put back if the new folder cannot take its place.
     """
     path = path.absolute()
-    partial, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{role}") for role in ("partial", "replaced"))
+    partial = partial_folder(path)
+    replaced = partial.with_suffix(".replaced")
     try:
         partial.mkdir(parents=True)
         yield partial

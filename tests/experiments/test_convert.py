@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.cli import interrupts_end_at_once
 from experiments.convert import BEATsFile, Convert, GramFile, JSONFile, main
 from experiments.usage import Usage, read_usage, save_with_usage
 from gramjax.checkpoints import load_loss_parameters, load_model, load_torch, read_beats_config
@@ -55,6 +57,31 @@ def test_a_file_of_other_sizes_than_the_released_ones_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"wrong shape: vision_encoder.visual.cls_token \(1, 1, 48\)"):
         main(Convert(GOLDEN / "gram_tiny_ddp.pt", tmp_path / "large", GramFile()))
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("published", [None, "gram_didemo"])
+def test_ctrl_c_leaves_nothing_half_written(tmp_path, monkeypatch, published):
+    (tmp_path / "tiny.json").write_text(json.dumps(to_json(gram_tiny())))
+
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status, os.listdir(tmp_path))
+
+    def save(folder, parameters):
+        folder.mkdir()
+        assert len(os.listdir(tmp_path)) == (2 if published is None else 3)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr("gramjax.checkpoints.models.save", save)
+    options = Convert(
+        GOLDEN / "gram_tiny_ddp.pt", tmp_path / "model", JSONFile(tmp_path / "tiny.json"), published=published
+    )
+    with pytest.raises(Ended) as ended, interrupts_end_at_once("interrupted"):
+        main(options)
+    assert ended.value.args == (130, ["tiny.json"])
 
 
 def test_a_file_of_other_sizes_is_told_how_to_be_described(tmp_path):

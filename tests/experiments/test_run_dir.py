@@ -132,8 +132,8 @@ def test_how_scripts_end(error, status):
         raise KeyError("bug")
 
 
-@pytest.mark.parametrize("script", ["embed", "evaluate_clips", "search"])
-def test_ctrl_c_is_not_unwound_where_clips_are_read(monkeypatch, capfd, script):
+@pytest.mark.parametrize("script", ["convert", "embed", "evaluate_clips", "search"])
+def test_ctrl_c_is_not_unwound(monkeypatch, capfd, script):
     class Ended(BaseException):
         pass
 
