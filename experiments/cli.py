@@ -36,7 +36,7 @@ def interrupts_end_at_once(message: str) -> Iterator[None]:
     crash while the interpreter ends.
     """
 
-    def end(*_: object) -> None:
+    def end(*unused: object) -> None:
         os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
         for folder in tuple(_UNFINISHED):
             for _ in range(100):  # other threads may still be writing to it
