@@ -6,6 +6,9 @@
 `python -m experiments.convert BEATs_iter3_plus_AS2M.pt converted audio`
 `python -m experiments.convert bert-base-uncased converted text`
 `python -m experiments.convert tiny.pt converted json --path model.json`
+
+A model of other sizes than the released ones is described by a JSON file, which
+`json.dump(gramjax.models.to_json(config), file)` writes of its configuration (`gramjax.models.GramConfig`).
 """
 
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments.cli import one_line_errors
+from experiments.cli import interrupts_end_at_once, one_line_errors, removed_if_interrupted
 from experiments.clip_config import PUBLISHED
 from experiments.usage import Usage, save_with_usage
 from gramjax.checkpoints import (
@@ -25,6 +28,8 @@ from gramjax.checkpoints import (
     read_state_dict,
     save_model,
 )
+from gramjax.checkpoints.folders import check_destination, partial_folder
+from gramjax.checkpoints.models import MARKS
 from gramjax.checkpoints.torch_models import ModelConfig
 from gramjax.encoders import BERTConfig, VisionConfig
 from gramjax.encoders.conversion import parameter_count
@@ -46,7 +51,7 @@ class JSONFile:
     """Any model."""
 
     path: Path
-    """JSON file with its configuration, as in a converted folder."""
+    """JSON file with its configuration, as in a converted folder: json.dump(gramjax.models.to_json(config), file)."""
 
 
 Model = (
@@ -71,7 +76,7 @@ class Convert:
     """Published run that the model comes from, as of `experiments.train --config`. Its frames, slices, lengths of texts
     and what its matching head reads are kept with the model, and are then the defaults of what uses it."""
     overwrite: bool = False
-    """Replace what is at the destination."""
+    """Replace the model that is at the destination, with all that is in its folder."""
     other_image_size: bool = False
     """Interpolate the vision tower's position embeddings if the file is for pictures of another size than the model;
     otherwise it is refused."""
@@ -82,18 +87,30 @@ class Convert:
 
 
 def main(options: Convert) -> None:
-    if options.destination.exists() and not options.overwrite:
-        raise ValueError(f"destination must not exist unless --overwrite, got {options.destination}")
+    check_destination(options.destination, MARKS, overwrite=options.overwrite, name="destination", option="--overwrite")
+    if not options.source.exists():
+        raise ValueError(f"source must be a file or a folder, got {options.source}, which does not exist")
     config = _config(options)
     if options.published is not None and not isinstance(config, GramConfig):
         raise ValueError(f"published is of a whole model, got it for a {type(config).__name__}")
-    model = load_torch(options.source, config, other_image_size=options.other_image_size)
+    try:
+        model = load_torch(options.source, config, other_image_size=options.other_image_size)
+    except ValueError as error:
+        if "wrong shape: " not in str(error):
+            raise
+        raise ValueError(
+            f"{error}\nThe file has other sizes than this {type(config).__name__}; describe its own with json --path "
+            "FILE, which --help explains"
+        ) from error
     scalars = _loss_parameters(options, model)
-    if options.published is None:
-        save_model(options.destination, model, loss_parameters=scalars, overwrite=options.overwrite)
-    else:
-        _, run = PUBLISHED[options.published]
-        save_with_usage(options.destination, model, Usage(run.clips, run.condition), loss_parameters=scalars)
+    partial = partial_folder(options.destination)
+    # With usage, the model is a whole folder within another.
+    with removed_if_interrupted(partial), removed_if_interrupted(partial_folder(partial)):
+        if options.published is None:
+            save_model(options.destination, model, loss_parameters=scalars, overwrite=options.overwrite)
+        else:
+            _, run = PUBLISHED[options.published]
+            save_with_usage(options.destination, model, Usage(run.clips, run.condition), loss_parameters=scalars)
     print(f"{options.destination}: {type(model).__name__}, {parameter_count(model):,} parameters")
 
 
@@ -118,5 +135,5 @@ def _config(options: Convert) -> ModelConfig:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with interrupts_end_at_once("interrupted"), one_line_errors():
         main(tyro.cli(Convert, description=__doc__))

@@ -17,7 +17,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.cli import one_line_errors
+from experiments.cli import interrupts_end_at_once, one_line_errors, removed_if_interrupted
 from experiments.encoding import embed_items, everywhere
 from experiments.galleries import (
     ClipGallery,
@@ -30,7 +30,7 @@ from experiments.galleries import (
 from experiments.runs import load_run
 from experiments.usage import read_usage
 from gramjax import retrieval, scores
-from gramjax.checkpoints.folders import whole_folder
+from gramjax.checkpoints.folders import check_destination, whole_folder
 from gramjax.data import clips, emoji
 from gramjax.models import GramModel, from_json, to_json
 
@@ -114,11 +114,8 @@ class Contents:
 
 
 def main(options: Embed) -> None:
-    if options.index.exists():
-        if not options.overwrite:
-            raise ValueError(f"index must not exist unless --overwrite, got {options.index}")
-        if not (options.index / CONTENTS).is_file():
-            raise ValueError(f"index must be one to be replaced, got {options.index}, which is something else")
+    # First, as clips take long.
+    check_destination(options.index, (CONTENTS,), overwrite=options.overwrite, name="index", option="--overwrite")
     if options.emoji:
         config, model, _ = load_run(options.model)
         gallery = emoji_gallery(config)
@@ -177,7 +174,7 @@ def write_index(path: Path, index: retrieval.Index, contents: Contents, report: 
       contents: what the index is of.
       report: what was found of the clips, and what was not; None: nothing is said of that.
     """
-    with whole_folder(path) as folder:
+    with whole_folder(path) as folder, removed_if_interrupted(folder):
         retrieval.save_index(index, folder / INDEX)
         text = json.dumps(to_json(contents), indent=1, ensure_ascii=False)
         (folder / CONTENTS).write_text(text + "\n", encoding="utf-8")
@@ -231,5 +228,5 @@ def _item(clip: clips.Clip) -> Item:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with interrupts_end_at_once("interrupted"), one_line_errors():
         main(tyro.cli(Embed, description=__doc__))

@@ -42,6 +42,9 @@ def embed_items(
 
     Returns:
       Embeddings `[items, modalities, dim]`, and which are present `[items, modalities]`.
+
+    Raises:
+      ValueError: if an embedding of what is present is not finite: the model is no good.
     """
     graphdef, variables = nnx.split(model)
 
@@ -58,6 +61,9 @@ def embed_items(
         present.append(np.stack([where[name] for name in modalities], axis=1))
         embedded, parts = jax.device_get(run(variables, _divided(batch, mesh)))
         embeddings.append(np.stack([embedded[name] for name in modalities], axis=1)[: len(present[-1])])
+        if (strange := present[-1] & ~np.isfinite(embeddings[-1]).all(axis=-1)).any():
+            names = " and ".join(name for name, found in zip(modalities, strange.any(axis=0)) if found)
+            raise ValueError(f"model must embed in finite numbers, got NaN or infinite embeddings of {names}")
         for row in range(len(present[-1])):
             if there := [parts[name][row] for name in match_with if where[name][row]]:
                 assert conditions is not None

@@ -5,10 +5,11 @@
 lack something, were dropped or could not be read, to `converted-evaluation-msrvtt`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,12 @@ import tyro
 from tqdm import tqdm
 
 from experiments import report
+from experiments.cli import interrupts_end_at_once, one_line_errors, removed_if_interrupted
 from experiments.embed import SCORES
 from experiments.encoding import Loaded, Matcher, embed_items, everywhere, matched_modalities
 from experiments.galleries import ClipGallery, clip_gallery, read_gram_config
 from experiments.usage import read_usage
+from gramjax._locks import exclusive
 from gramjax.data import clips
 from gramjax.data.wordpiece import WordPieceTokenizer
 from gramjax.evaluation import TwoStageRetrieval, two_stage_retrieval
@@ -56,21 +59,22 @@ class EvaluateClips:
     output: Path | None = None
     """Folder for the results; default: MODEL-evaluation-CONFIG beside the model's."""
     modalities: tuple[Modality, ...] | None = None
-    """Of clips; default: those of the data set that clips and model have."""
+    """Of clips; default: those of the data set that clips and model have (with --absent silence: also sound and
+    subtitles that no clip has)."""
     match: tuple[Modality, ...] | None = None
     """What the matching head reads, in this order; default: what it was trained on, if the model's folder says so, or
     vision and audio."""
     score: Literal["volume", "residual", "cone", "leading_direction", "cosine"] = "volume"
     """Of the first stage; volume as published. By volume, clips that lack a modality are found late or never."""
     candidates: int = 50
-    """How many of the best the second stage re-ranks."""
+    """How many of the best the second stage re-ranks; all, where there are fewer."""
     captions: Literal["all", "first"] = "all"
     """All captions of a clip, or the first alone as the published loader."""
     require: tuple[Modality, ...] = ()
     """Drop clips without a file for these; the published loader drops those without vision or audio."""
     absent: Literal["masked", "silence"] = "masked"
     """Clips without sound or subtitles: compared and matched by the rest alone (masked), or, as published, with the
-    embeddings of silence and of an empty text (silence). What else a clip lacks is masked."""
+    embeddings of silence and of an empty text (silence), even if no clip has any. What else a clip lacks is masked."""
     frames: int | None = None
     """Frames of a clip; default: the model's if it was trained on this data set, else the data set's."""
     slices: int | None = None
@@ -133,7 +137,7 @@ class Embedded:
                 item_ids=jnp.asarray(chosen_ids, jnp.int32),
                 item_where=jnp.asarray(self.where[rows]),
                 score=SCORES[options.score],
-                k=min(options.candidates, len(texts), len(rows)),
+                k=options.candidates,
             )
 
 
@@ -154,20 +158,21 @@ def evaluate(options: EvaluateClips) -> dict[str, Any]:
     config = read_gram_config(options.model)
     if "caption" not in config.modalities:
         raise ValueError(f"model must embed captions, got one of {', '.join(config.modalities)}")
-    gallery = clip_gallery(config, folder, _wanted(options), vocabulary=options.vocabulary)
+    always = SILENT if options.absent == "silence" else ()
+    gallery = clip_gallery(config, folder, _wanted(options), vocabulary=options.vocabulary, always=always)
     match_with = matched_modalities(config, gallery.modalities, options.match or read_usage(options.model).condition)
-    # Last, as it may be large and what was asked for impossible.
-    model = gallery.load(options.model, shardings=everywhere)
-    with tempfile.TemporaryDirectory(dir=_output(options), prefix=".conditions-") as conditions:
+    with _conditions(_output(options)) as conditions:
+        # Last, as it may be large and what was asked for impossible.
+        model = gallery.load(options.model, shardings=everywhere)
         batches = gallery.batches(folder, options.batch_size)
         batches = _silenced(batches) if options.absent == "silence" else batches
         batches = _progress(batches, len(folder), options.batch_size, "clips")
         modalities = gallery.modalities
-        vectors, where = embed_items(model, batches, modalities, match_with=match_with, conditions=Path(conditions))
+        vectors, where = embed_items(model, batches, modalities, match_with=match_with, conditions=conditions)
         if not where.any():
             reasons = [reason for found in folder.report.unreadable.values() for reason in found.values()]
             raise ValueError(f"none of {len(folder)} clips can be read; the first: {reasons[0]}")
-        embedded = Embedded(model, gallery, vectors, where, Matcher(model, Path(conditions)), options)
+        embedded = Embedded(model, gallery, vectors, where, Matcher(model, conditions), options)
         figures = {"retrieval": _retrieval(embedded, folder), "classification": _classification(embedded, folder)}
     lacking = {
         name: len(folder.report.missing[name]) + len(folder.report.unreadable.get(name, ())) for name in modalities
@@ -285,8 +290,28 @@ def _output(options: EvaluateClips) -> Path:
     # Not in the model's folder, which is replaced as a whole when the model is exported or converted again.
     model = Path(os.path.abspath(options.model))
     output = options.output or model.with_name(f"{model.name}-evaluation-{_data_set(options)}")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output must be a folder to write to, got {output}: {error.strerror}") from error
     return output
+
+
+@contextlib.contextmanager
+def _conditions(output: Path) -> Iterator[Path]:
+    """A folder for what texts are matched with, in that of the results; what a killed evaluation left goes first."""
+    folder = output / ".conditions"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(output / ".lock", wait=False))
+        except BlockingIOError as error:
+            raise ValueError(f"output {output} is being written to by another evaluation; choose another") from error
+        except OSError as error:
+            raise ValueError(f"output must be a folder to write to, got {output}: {error.strerror}") from error
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield stack.enter_context(removed_if_interrupted(folder))
 
 
 def _silenced(batches: Iterable[Loaded]) -> Iterator[Loaded]:
@@ -312,7 +337,5 @@ def _text_batches(tokens: dict[str, np.ndarray], batch_size: int) -> Iterator[Lo
 
 
 if __name__ == "__main__":
-    try:
+    with interrupts_end_at_once("interrupted"), one_line_errors():
         main(tyro.cli(EvaluateClips, description=__doc__))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None

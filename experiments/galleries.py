@@ -6,7 +6,7 @@ A gallery is a value that is kept with its index, so that queries are treated as
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,30 +108,38 @@ class ClipGallery:
 
 def read_gram_config(path: Path) -> GramConfig:
     """The configuration of a folder that `experiments.convert` wrote, without its parameters."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model must be a folder that experiments.convert wrote, got {path}, which has no config.json")
     config = read_config(path / "config.json")
     if not isinstance(config, GramConfig):
         raise ValueError(f"model must be a whole model with a GramConfig, got {type(config).__name__} in {path}")
     return config
 
 
-def clip_gallery(config: GramConfig, folder: ClipFolder, wanted: ClipConfig, *, vocabulary: Path | None) -> ClipGallery:
+def clip_gallery(
+    config: GramConfig,
+    folder: ClipFolder,
+    wanted: ClipConfig,
+    *,
+    vocabulary: Path | None,
+    always: Collection[str] = (),
+) -> ClipGallery:
     """The gallery of a folder for a model: what both have of the modalities wanted, in the sizes of the model's towers.
 
-    Captions are no modality of items, but what asks for them.
+    Captions are no modality of items, but what asks for them. What is in `always` is one even if no clip has it.
 
     Raises:
       ValueError: if they have nothing in common, or the tokenizer is not the model's.
     """
-    modalities = tuple(
+    able = tuple(
         name
         for name in config.modalities
-        if name in wanted.modalities
-        and name != "caption"
-        and (vocabulary is not None or name != "subtitle")
-        and any(clip.has(name) for clip in folder.annotations)
+        if name in wanted.modalities and name != "caption" and (vocabulary is not None or name != "subtitle")
     )
-    if not modalities:
+    found = {name for name in able if any(clip.has(name) for clip in folder.annotations)}
+    if not found:
         raise ValueError(f"the clips have none of the model's modalities ({', '.join(config.modalities)})")
+    modalities = tuple(name for name in able if name in found or name in always)
     if vocabulary is not None:
         read_tokenizer(vocabulary, config)
     towers = {name: config.towers[tower] for name, tower in config.modalities.items()}

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from experiments import figures
-from experiments.cli import one_line_errors
+from experiments.cli import interrupts_end_at_once, one_line_errors, removed_if_interrupted
 from experiments.embed import SCORES, Contents, model_digest, read_index
 from experiments.encoding import Matcher, embed_items, matched_modalities
 from experiments.galleries import ClipGallery, Item
@@ -43,6 +43,8 @@ class Search:
     """The contact sheet to draw; default: search.png in the folder of the index."""
     model: Path | None = None
     """Where the model is, if no longer where it was; it must be the same."""
+    vocabulary: Path | None = None
+    """Where the model's vocabulary is, if no longer where it was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,12 @@ def find(
         raise ValueError(f"k must be positive, got {k}")
     if rerank < 0:
         raise ValueError(f"rerank must not be negative, got {rerank}")
+    path = Path(contents.model) if model_path is None else model_path
+    if not path.is_dir():
+        raise ValueError(f"model must be where the index was made with it; say where it is now (--model), got {path}")
     batch = contents.gallery.query(query)
     if rerank and (not isinstance(contents.gallery, ClipGallery) or "caption" not in batch):
         raise ValueError("rerank is for a sentence and an index of clips")
-    path = Path(contents.model) if model_path is None else model_path
     model = contents.gallery.load(path)
     if model_digest(model) != contents.digest:
         raise ValueError(f"model must be the one that the index was made with, got another in {path}")
@@ -107,7 +111,7 @@ def _reranked(
     gallery = dataclasses.replace(gallery, config=dataclasses.replace(gallery.config, modalities=modalities))
     folder = clips.ClipFolder.of([one.item.clip() for one in found])
     numbers = np.arange(len(found))
-    with tempfile.TemporaryDirectory() as conditions:
+    with tempfile.TemporaryDirectory() as conditions, removed_if_interrupted(Path(conditions)):
         # Few at a time: a machine that searches may be smaller than the one that embedded.
         batches = gallery.batches(folder, min(len(found), 4))
         embed_items(model, batches, modalities, match_with=modalities, conditions=Path(conditions))
@@ -119,6 +123,19 @@ def _reranked(
         dataclasses.replace(found[number], match=float(1 / (1 + np.exp(-match))))
         for number, match in zip(order, matches)
     ]
+
+
+def _with_vocabulary(contents: Contents, vocabulary: Path | None) -> Contents:
+    """The same, of which sentences are read with a vocabulary that lies elsewhere now."""
+    gallery = contents.gallery
+    if not isinstance(gallery, ClipGallery) or gallery.vocabulary is None:
+        if vocabulary is not None:
+            raise ValueError("vocabulary is for an index of clips that was made with one")
+        return contents
+    path = Path(gallery.vocabulary) if vocabulary is None else vocabulary
+    if not path.exists():
+        raise ValueError(f"vocabulary must be where it was; say where it is now (--vocabulary), got {path}")
+    return dataclasses.replace(contents, gallery=dataclasses.replace(gallery, vocabulary=str(path)))
 
 
 def table(found: list[Found], score: str) -> str:
@@ -139,6 +156,7 @@ def main(options: Search) -> None:
     # What cannot be read of a query is said below, and no reason to speak of "1 of 1 clips".
     logging.getLogger("gramjax.data.clips").setLevel(logging.ERROR)
     index, contents = read_index(options.index)
+    contents = _with_vocabulary(contents, options.vocabulary)
     found = find(index, contents, options.query, options.k, options.model, rerank=options.rerank)
     print(table(found, contents.score))
     looks = contents.gallery.pictures([(one.position, one.item) for one in found])
@@ -151,5 +169,5 @@ def main(options: Search) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with interrupts_end_at_once("interrupted"), one_line_errors():
         main(tyro.cli(Search, description=__doc__))

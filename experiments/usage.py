@@ -6,7 +6,8 @@ from pathlib import Path
 
 from experiments.encoding import MATCHED
 from gramjax.checkpoints import save_model
-from gramjax.checkpoints.folders import whole_folder
+from gramjax.checkpoints.folders import check_destination, whole_folder
+from gramjax.checkpoints.models import MARKS
 from gramjax.data.clips import MODALITIES, ClipConfig
 from gramjax.models import GramModel, LossParameters, from_json, to_json
 
@@ -31,7 +32,8 @@ class Usage:
 def save_with_usage(
     path: Path, model: GramModel, usage: Usage, *, loss_parameters: LossParameters | None = None
 ) -> None:
-    """`gramjax.checkpoints.save_model`, and how the model is used; replaces what is at `path`."""
+    """`gramjax.checkpoints.save_model`, and how the model is used; replaces a model that is at `path`."""
+    check_destination(path, MARKS, overwrite=True)
     with whole_folder(path) as folder:
         save_model(folder, model, loss_parameters=loss_parameters, overwrite=True)
         (folder / _FILE).write_text(json.dumps(to_json(usage), indent=2) + "\n", encoding="utf-8")

@@ -97,7 +97,7 @@ def two_stage_retrieval(
       item_where: `[N, m]` bool, which modalities are present; default all. An item that the score cannot use is never
         found and finds nothing, and its condition is not asked for.
       score: of the first stage.
-      k: candidates of the second stage, from 1 to the smaller number of texts and items.
+      k: candidates of the second stage, at least 1; in a gallery with fewer, all of them.
       batch_size: texts that are matched with an item at a time.
       block_size: columns of a tile of the first stage; default from the platform.
 
@@ -106,8 +106,9 @@ def two_stage_retrieval(
 
     Raises:
       TypeError: if a dtype is wrong.
-      ValueError: if a shape does not fit, `text_ids` are left out with other numbers of texts than items, `k`,
-        `batch_size` or `block_size` is out of range, or `match` returns another shape than one score for each text.
+      ValueError: if a shape does not fit, there are no texts or items, `text_ids` are left out with other numbers of
+        texts than items, `k`, `batch_size` or `block_size` is out of range, or `match` returns another shape than one
+        score for each text.
 
     >>> same = jnp.eye(3)
     >>> by_score = two_stage_retrieval(same, same[:, None], lambda t, i: t == i, np.arange(3.0), float, k=2)
@@ -127,15 +128,12 @@ def two_stage_retrieval(
     text_where = _checks.mask("text_where", text_where, (number_of_texts,), "[texts]")
     item_where = _checks.mask("item_where", item_where, item_embeddings.shape[:2], "[items, modality]")
     k = _checks.size("k", k, or_none=False)
-    if k > (smaller := min(number_of_texts, number_of_items)):
-        raise ValueError(
-            f"k must be at most the smaller number of {number_of_texts} texts and {number_of_items} items, {smaller}; "
-            f"got {k}."
-        )
+    if not (number_of_texts and number_of_items):
+        raise ValueError(f"there must be texts and items, got {number_of_texts} texts and {number_of_items} items.")
 
     def one_way(score, queries, gallery, query_ids, gallery_ids, query_where, gallery_where, pairs):
         options = {"query_where": query_where, "gallery_where": gallery_where, "block_size": block_size}
-        _, candidates = streamed_top_k(score, queries, gallery, k, **options)
+        _, candidates = streamed_top_k(score, queries, gallery, min(k, len(gallery)), **options)
         first = streamed_ranks(score, queries, gallery, query_ids=query_ids, gallery_ids=gallery_ids, **options)
         candidates = np.asarray(candidates)
         matches = match_pairs(

@@ -59,12 +59,11 @@ def _look_up(table):
     return lambda texts, item: table[texts, item], np.arange(len(table)), lambda item: item
 
 
-def _whole(score, right, matching, **options):
+def _whole(score, right, matching, k=CANDIDATES, **options):
     """Two stages for scores given as a matrix: texts are its rows, and the inner product with item j its column j."""
     score = jnp.asarray(score, jnp.float32)
     return two_stage_retrieval(
-        score, jnp.eye(score.shape[1])[:, None], *_look_up(matching), score=scores.Cosine(), k=CANDIDATES, **right,
-        **options,
+        score, jnp.eye(score.shape[1])[:, None], *_look_up(matching), score=scores.Cosine(), k=k, **right, **options,
     )  # fmt: skip
 
 
@@ -99,6 +98,16 @@ def test_against_loops():
         right = {"text_ids": jnp.asarray(text_ids), "item_ids": jnp.asarray(item_ids)}
         result = _whole(goodness, right, matching, batch_size=batch_size)
         _assert_ranks(result, goodness, matching, text_ids[:, None] == item_ids[None, :], CANDIDATES)
+
+
+@pytest.mark.parametrize("k", [20, 50])
+def test_more_candidates_than_one_side_or_both_have(k):
+    """Either direction re-ranks as many as there are of its own gallery."""
+    rng = np.random.default_rng(1)
+    goodness, matching = rng.normal(size=(2, 30, 12)).astype(np.float32)
+    right = {"text_ids": jnp.arange(30) % 12, "item_ids": jnp.arange(12)}
+    result = _whole(goodness, right, matching, k=k)
+    _assert_ranks(result, goodness, matching, np.arange(30)[:, None] % 12 == np.arange(12), k)
 
 
 def test_figures():
@@ -237,8 +246,8 @@ def test_one_name_for_a_class_is_a_single_template():
 def test_errors(unchecked_signatures):
     x, matching = jnp.eye(3), np.eye(3)
     call = functools.partial(two_stage_retrieval, x, x[:, None], *_look_up(matching))
-    with pytest.raises(ValueError, match="k must be at most the smaller number of 3 texts and 3 items, 3; got 50"):
-        call()
+    with pytest.raises(ValueError, match="there must be texts and items, got 3 texts and 0 items"):
+        two_stage_retrieval(x, x[:0, None], *_look_up(matching), item_ids=jnp.zeros(0, int))
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         call(k=0)
     with pytest.raises(ValueError, match="text_ids must say which of the 3 items each of the 2 texts belongs to"):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gramjax.checkpoints.folders import whole_folder
+from gramjax.checkpoints.folders import check_destination, whole_folder
 from gramjax.checkpoints.torch_models import ModelConfig, model_class
 from gramjax.checkpoints.trees import restore, save
 from gramjax.models import LossParameters, from_json, to_json
@@ -19,6 +19,8 @@ from gramjax.models import LossParameters, from_json, to_json
 _CONFIG = "config.json"
 _PARAMETERS = "parameters"
 _LOSS = "loss.json"
+MARKS = (_CONFIG, _PARAMETERS)
+"""By these the folder of a model is told from others."""
 
 
 def save_model(
@@ -34,14 +36,14 @@ def save_model(
         path: the folder to make: `config.json`, `parameters` as Orbax writes them, and perhaps `loss.json`.
         model: a `GramModel`, `VisionTransformer`, `BEATs` or `BERT`.
         loss_parameters: what it was trained with, for `load_loss_parameters`; None: nothing is kept of that.
-        overwrite: replace what is there.
+        overwrite: replace the folder of a model, with all that is in it, or an empty folder.
 
     Raises:
-        ValueError: `path` exists and `overwrite` is False.
+        ValueError: `path` exists and `overwrite` is False, it is another folder or a file, or no folder can be made
+            there.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise ValueError(f"path must not exist unless overwrite=True, got {path}")
+    check_destination(path, MARKS, overwrite=overwrite)
     with whole_folder(path) as folder:
         config = to_json(model.config)  # type: ignore[attr-defined]
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -81,7 +81,9 @@ def read_torch_file(path: str | os.PathLike) -> Any:
                 "state_dict alone with PyTorch"
             ) from None
         except DAMAGE as error:
-            raise ValueError(f"{path} is truncated or damaged, or no PyTorch checkpoint: {error}") from error
+            raise ValueError(
+                f"{path} is truncated or damaged, or no PyTorch checkpoint (plain pickles are not read): {error}"
+            ) from error
 
 
 class _Refused(Exception):

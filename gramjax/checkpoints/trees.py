@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gramjax.checkpoints.checksums import find_damage, write_checksums
+from gramjax.checkpoints.folders import check_destination
 
 
 class _Handler(ocp.PyTreeCheckpointHandler):
@@ -39,10 +40,10 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
         path: directory to make.
         tree: any pytree of arrays, random keys included: nested dictionaries, `nnx.state(module)`, an optimizer's
             state.
-        overwrite: replace what is there.
+        overwrite: replace the tree that is there, or an empty directory.
 
     Raises:
-        ValueError: `path` exists and `overwrite` is False.
+        ValueError: `path` exists and `overwrite` is False, it is something else, or no directory can be made there.
 
     >>> import tempfile, numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,8 +52,7 @@ def save(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None
     (2, 3)
     """
     path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise ValueError(f"path must not exist unless overwrite=True, got {path}")
+    check_destination(path, ("_METADATA",), overwrite=overwrite)
     # Orbax would copy the whole tree before it writes, and collect it again for one large file. This limits both: the
     # memory needed beside the tree is about a gigabyte, whatever its size.
     handler = _Handler(save_device_host_concurrent_gb=1)

@@ -145,7 +145,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return _read_union(arguments, value, where)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(f"{where} must be one of {arguments}, got {value!r}")
+            raise ValueError(f"{where} must be one of {arguments}, got {value!r:.80}")
         return value
     if origin is tuple and isinstance(value, list):
         kinds = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
@@ -158,12 +158,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return Path(value)
     if kind in (bool, int, float, str):
         return _read_union((kind,), value, where)
-    raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+    raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r:.80}")
 
 
 def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict) or value.get("type") != kind.__name__:
-        raise ValueError(f"{where} must have the fields of {kind.__name__}, got {value!r}")
+        raise ValueError(f"{where} must have the fields of {kind.__name__}, got {value!r:.80}")
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(value) - set(hints) - {"type"}):
         raise ValueError(f"{where} must have known fields only: {kind.__name__} has no {', '.join(unknown)}")
@@ -179,4 +179,4 @@ def _read_union(kinds: tuple, value: Any, where: str) -> Any:
         if type(value) is kind:
             return value
     names = [kind.__name__ for kind in kinds]
-    raise ValueError(f"{where} must be one of {', '.join(names)}, got {value!r}")
+    raise ValueError(f"{where} must be one of {', '.join(names)}, got {value!r:.80}")

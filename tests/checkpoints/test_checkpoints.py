@@ -64,6 +64,10 @@ def test_an_existing_path_is_only_replaced_when_asked(tmp_path):
         save(tmp_path / "tree", {"x": jnp.ones(2)})
     save(tmp_path / "tree", {"x": jnp.ones(2)}, overwrite=True)
     np.testing.assert_array_equal(restore(tmp_path / "tree")["x"], 1)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="path must be one to be replaced"):
+        save(tmp_path, {"x": jnp.ones(2)}, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
 
 
 def test_restoring_nothing_is_an_error(tmp_path):

@@ -247,6 +247,9 @@ def test_models_in_folders(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
     with pytest.raises(FileNotFoundError):
         load_model(tmp_path / "none")
+    with pytest.raises(ValueError, match="path must be one to be replaced"):
+        save_model(tmp_path, audio, overwrite=True)
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_a_damaged_folder_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import unicodedata
 
 import pytest
 
@@ -101,6 +102,15 @@ def test_files_are_found_by_id(tmp_path):
     assert pickle.loads(pickle.dumps(folder)).annotations == folder.annotations
 
 
+@pytest.mark.parametrize(("of_rows", "of_files"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_accents_are_the_same_composed_or_not(tmp_path, of_rows, of_files):
+    path = annotate(tmp_path, {"id": unicodedata.normalize(of_rows, "été.1")})
+    name = unicodedata.normalize(of_files, "été")
+    videos, depths = touch(tmp_path / "v", f"{name}.mp4"), touch(tmp_path / "d", f"{name}.1_depth.npy")
+    assert stems(clips.ClipFolder(path, videos=videos, depths=depths)) == [(f"{name}.mp4", None, f"{name}.1_depth.npy")]
+    assert clips.find_clips(videos, depths=touch(depths, f"{name}.npy"))[0].depth.endswith(f"{name}.npy")
+
+
 def test_clips_without_annotations_are_the_files(tmp_path):
     media = touch(tmp_path / "m", "b.mp4", "b.wav", "a.mp3", "a.b.MKV", "b.txt", "c.npy")
     (media / "d.mp4").mkdir()
@@ -169,7 +179,7 @@ def test_the_report_counts_and_names(tmp_path, caplog):
         ([{"id": "a", "desc": [1]}], "row 0 of .* captions must be"),
         ([{"id": "a", "subtitle": True}], "row 0 of .* subtitle must be a string"),
         (["a"], "row 0 of .* must be an object"),
-        ([], "at least one, got list"),
+        ([], "at least one, got an empty list in"),
     ],
 )
 def test_rows_that_are_refused(tmp_path, rows, message):

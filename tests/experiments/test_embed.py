@@ -49,7 +49,7 @@ def test_clips_are_indexed_with_what_they_have(clip_index):
     }
 
 
-def test_a_folder_without_annotations_and_without_words(clip_index, tmp_path, capsys):
+def test_a_folder_without_annotations_and_without_words(clip_index, tmp_path, capsys, monkeypatch):
     options = dataclasses.replace(
         clip_index.options, index=tmp_path / "index", annotations=None, audios=None, vocabulary=None, score="volume"
     )
@@ -69,6 +69,10 @@ def test_a_folder_without_annotations_and_without_words(clip_index, tmp_path, ca
     with pytest.raises(ValueError, match="index must be one to be replaced"):
         embed.main(dataclasses.replace(options, index=clip_index.clips, overwrite=True))
     assert (clip_index.clips / "red.mp4").exists()
+    # Said before any clip is read.
+    monkeypatch.setattr(embed, "embed_items", None)
+    with pytest.raises(ValueError, match=r"index must be where a folder can be made, got .*red\.mp4/index: "):
+        embed.main(dataclasses.replace(options, index=clip_index.clips / "red.mp4" / "index"))
     embed.write_index(tmp_path / "index", index, dataclasses.replace(contents, model="elsewhere"))
     assert embed.read_index(tmp_path / "index")[1].model == "elsewhere"
     assert os.listdir(tmp_path) == ["index"]
@@ -95,7 +99,7 @@ def test_what_cannot_be_indexed_leaves_nothing(clip_index, tmp_path):
     (broken / "a.mp4").write_text("no video")
     fails(r"none of 1 clips can be read; the first: .*a\.mp4", clips=broken)
     fails("media must be a folder, got .*nowhere", clips=tmp_path / "nowhere")
-    fails("No such file", model=tmp_path / "nowhere")
+    fails(r"model must be a folder that .* wrote, got .*nowhere, which has no config\.json", model=tmp_path / "nowhere")
     words = clip_index.vocabulary.read_text().split()
     for tokens in (words[:-1], [*words, "more"]):
         (tmp_path / "other.txt").write_text("\n".join(tokens))

@@ -1,6 +1,7 @@
 """Items and matching scores over several devices."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -44,6 +45,31 @@ def test_several_devices_make_the_same_of_items_and_texts(encoded):
     assert where[:, 0].tolist() == [True, False, True, True, True, True, False, True]
     assert np.shape(matches) == (2, TEXTS)
     assert len(np.unique(matches)) == 2 * TEXTS
+
+
+class Doubling(nnx.Module):
+    """Embeds numbers as themselves, twice."""
+
+    def __init__(self):
+        self.factor = nnx.Param(jnp.float32(2))
+
+    def encode(self, batch):
+        return {name: values * self.factor[...] for name, values in batch.items()}
+
+    def project(self, tokens, batch):
+        return tokens
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
+def test_a_model_that_embeds_in_no_numbers_is_refused(strange):
+    numbers = {"vision": np.ones((2, 3), np.float32), "audio": np.ones((2, 3), np.float32)}
+    numbers["audio"][1, 2] = strange
+    where = {"vision": np.array([True, True]), "audio": np.array([True, False])}
+    found, _ = embed_items(Doubling(), [(numbers, where)], ("vision", "audio"))
+    np.testing.assert_array_equal(found[:, 0], 2)
+    there = [(numbers, where | {"audio": np.ones(2, bool)})]
+    with pytest.raises(ValueError, match=r"model must embed in finite numbers, got NaN or .* embeddings of audio$"):
+        embed_items(Doubling(), there, ("vision", "audio"))
 
 
 def test_every_device_has_a_part_of_a_batch():

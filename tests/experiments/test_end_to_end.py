@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import clip_task, convert, embed, evaluate_clips, search, train
+from experiments import clip_task, convert, embed, evaluate_clips, galleries, search, train
+from gramjax._locks import exclusive
 from gramjax.checkpoints import export_torch, load_loss_parameters, load_model, load_torch, read_state_dict
 from gramjax.data import audio, clips, media, vision
 from gramjax.data.wordpiece import WordPieceTokenizer
@@ -168,7 +169,7 @@ def test_the_evaluation_is_that_of_every_pair_alone(results, silence_results, tr
     goodness, matches, right = tables if way == "text_to_item" else [table.T for table in tables]
     assert goodness.shape == (queries, gallery)
     first = [rank(*row) for row in zip(goodness, right)]
-    second = [second_rank(*row, k=7) for row in zip(goodness, matches, right)]
+    second = [second_rank(*row, k=50) for row in zip(goodness, matches, right)]
     assert found["first stage"] == pytest.approx(figures(first), abs=1e-6)
     assert found["second stage"] == pytest.approx(figures(second), abs=1e-6)
     assert first != second
@@ -197,6 +198,60 @@ def test_silence_stands_for_absent_sound_and_subtitles(results, silence_results,
     assert not batch["audio"][names.index("blue")].any()
     for clip, count in (("blue", 2), ("green", 4)):  # [CLS] [SEP], and words between
         assert batch["subtitle"]["mask"][names.index(clip)].sum() == count
+
+
+@pytest.mark.parametrize(
+    ("changes", "modalities"),
+    [
+        ({}, ("vision", "audio")),
+        ({"absent": "silence"}, ("vision", "audio", "subtitle")),
+        ({"absent": "silence", "config": "didemo"}, ("vision", "audio")),
+        ({"absent": "silence", "modalities": ("vision",), "match": ("vision",)}, ("vision",)),
+    ],
+)
+def test_subtitles_that_no_clip_has(clip_index, converted, tmp_path, monkeypatch, changes, modalities):
+    """Silence of a whole set takes part as that of a single clip does, wherever the data set has subtitles."""
+    rows = [{name: value for name, value in row.items() if name != "subtitle"} for row in ROWS[:-1]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    class Embedding(Exception):
+        pass
+
+    def embed_items(model, batches, modalities, **options):
+        raise Embedding(modalities)
+
+    monkeypatch.setattr(evaluate_clips, "embed_items", embed_items)
+    monkeypatch.setattr(galleries.ClipGallery, "load", staticmethod(lambda path, shardings: None))
+    options = {"annotations": tmp_path / "rows.json", "config": "msrvtt", "output": tmp_path} | changes
+    with pytest.raises(Embedding) as seen:
+        evaluate_clips.evaluate(dataclasses.replace(converted.options, **options))
+    assert seen.value.args == (modalities,)
+
+
+def test_conditions_are_kept_in_a_folder_of_its_own(converted, tmp_path, monkeypatch):
+    """A killed evaluation may have left one; another that runs keeps its own."""
+    seen = []
+
+    def embed_items(*_, conditions, **options):
+        seen.append((conditions, list(conditions.iterdir())))
+        raise ValueError("stop")
+
+    monkeypatch.setattr(evaluate_clips, "embed_items", embed_items)
+    monkeypatch.setattr(galleries.ClipGallery, "load", staticmethod(lambda path, shardings: None))
+    options = dataclasses.replace(converted.options, output=tmp_path / "output")
+    left = tmp_path / "output" / ".conditions"
+    left.mkdir(parents=True)
+    (left / "0.npy").touch()
+    with exclusive(tmp_path / "output" / ".lock"), pytest.raises(ValueError, match="by another evaluation"):
+        evaluate_clips.evaluate(options)
+    assert (left / "0.npy").exists()
+    with pytest.raises(ValueError, match="stop"):
+        evaluate_clips.evaluate(options)
+    assert seen == [(left, [])]
+    assert not left.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output must be a folder to write to, got .*file: "):
+        evaluate_clips.evaluate(dataclasses.replace(options, output=tmp_path / "file"))
 
 
 def test_what_was_read_is_said(results, truth):

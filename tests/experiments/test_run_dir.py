@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 from experiments import loop, processes, runs, train
 from experiments.cli import one_line_errors
@@ -104,7 +106,7 @@ def test_runs_that_cannot_be_loaded(run_dir):
         ("search", ["{}/none", "words"], "index must be a folder that experiments.embed wrote, got"),
         ("seeds", ["{}/none", "{}/broken"], "runs must have been evaluated; there is no"),
         ("seeds", ["{}/broken", "{}/none"], "is damaged or no run's results; evaluate the run again"),
-        ("convert", ["{}/none.pt", "{}/model", "gram"], "No such file"),
+        ("convert", ["{}/none.pt", "{}/model", "gram"], "source must be a file or a folder, got"),
         ("convert", ["{}/broken/config.json", "{}/model", "gram"], ""),
     ],
 )
@@ -130,12 +132,33 @@ def test_how_scripts_end(error, status):
         raise KeyError("bug")
 
 
+@pytest.mark.parametrize("script", ["convert", "embed", "evaluate_clips", "search"])
+def test_ctrl_c_is_not_unwound(monkeypatch, capfd, script):
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(tyro, "cli", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Ended, match="130"):
+        runpy.run_path(str(ROOT / "experiments" / f"{script}.py"), run_name="__main__")
+    assert capfd.readouterr().err == "\ninterrupted\n"
+
+
 def test_ctrl_c_ends_at_once_wherever_it_falls(tmp_path):
+    for name in ("finished", "unfinished"):
+        (tmp_path / name).mkdir()
     code = (
-        "import gc, os, signal\nfrom experiments.cli import interrupts_end_at_once\n"
+        "import gc, os, pathlib, signal\nfrom experiments.cli import interrupts_end_at_once, removed_if_interrupted\n"
+        f"root = pathlib.Path({str(tmp_path)!r})\n"
+        "with removed_if_interrupted(root / 'finished'): pass\n"
         "def callback(*_): os.kill(os.getpid(), signal.SIGINT)\n"
         "gc.callbacks.append(callback)  # where exceptions are lost\n"
-        "with interrupts_end_at_once('done for'): gc.collect(); print('goes on')"
+        "with interrupts_end_at_once('done for'), removed_if_interrupted(root / 'unfinished'):\n"
+        "    gc.collect(); print('goes on')"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr.strip()) == (130, "", "done for")
+    assert [path.name for path in tmp_path.iterdir()] == ["finished"]

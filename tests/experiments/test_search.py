@@ -133,6 +133,28 @@ def test_queries_that_cannot_be_asked(clip_index, opened, loaded, model, monkeyp
         search.main(search.Search(tmp_path, SENTENCE))
 
 
+def test_what_lies_elsewhere_now_is_asked_for(clip_index, loaded, model, tmp_path):
+    index, contents = embed.read_index(clip_index.index)
+    moved = tmp_path / "moved.txt"
+    contents = dataclasses.replace(
+        contents, model="gone", gallery=dataclasses.replace(contents.gallery, vocabulary=str(tmp_path / "gone.txt"))
+    )
+    embed.write_index(tmp_path / "index", index, contents)
+    options = search.Search(tmp_path / "index", SENTENCE, vocabulary=clip_index.vocabulary)
+    with pytest.raises(ValueError, match=r"model must be where .* it is now \(--model\), got gone"):
+        search.main(options)
+    options = dataclasses.replace(options, model=clip_index.model)
+    with pytest.raises(ValueError, match=r"vocabulary must be where .* it is now \(--vocabulary\), got .*moved\.txt"):
+        search.main(dataclasses.replace(options, vocabulary=moved))
+    with pytest.raises(ValueError, match=r"vocabulary must be where .* it is now \(--vocabulary\), got .*gone\.txt"):
+        search.main(dataclasses.replace(options, vocabulary=None))
+    search.main(options)
+    wordless = dataclasses.replace(contents, gallery=dataclasses.replace(contents.gallery, vocabulary=None))
+    embed.write_index(tmp_path / "wordless", index, wordless)
+    with pytest.raises(ValueError, match="vocabulary is for an index of clips that was made with one"):
+        search.main(dataclasses.replace(options, index=tmp_path / "wordless"))
+
+
 def test_what_is_a_sentence_and_what_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dogs").mkdir()

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -139,7 +140,7 @@ class ClipFolder:
     Media are files named by the id: `<videos>/<id>.mp4` (or .mkv, .webm, .avi, .mov, .m4v), `<audios>/<id>.wav` (or
     .flac, .mp3, .m4a, .ogg, .opus), `<depths>/<id>*.npy`. Ids may contain dots; an id with an extension of its own
     also names the file without it, and if there is no file of the whole id, one named by the part before its first
-    dot is taken (the published code cuts there).
+    dot is taken (the published code cuts there). Accents count as the same, composed or not.
 
     A clip that lacks a file is kept: it lacks that modality. `report` names them all.
 
@@ -288,7 +289,8 @@ def _read_rows(annotations: str | os.PathLike[str], report: Report) -> list[Clip
     except ValueError as error:
         raise ValueError(f"annotations must be a JSON file, got {path}: {error}") from error
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"annotations must be a JSON list of rows, at least one, got {type(rows).__name__} in {path}")
+        got = "an empty list" if rows == [] else type(rows).__name__
+        raise ValueError(f"annotations must be a JSON list of rows, at least one, got {got} in {path}")
     clips, fields = [], collections.Counter()
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -346,6 +348,11 @@ def _merged(rows: Sequence[Clip], report: Report) -> list[Clip]:
     ]
 
 
+def _composed(name: str) -> str:
+    """A name with its accents as Unicode composes them: some systems store the names of files decomposed."""
+    return unicodedata.normalize("NFC", name)
+
+
 class _MediaFiles:
     """The files of one folder by the id they belong to."""
 
@@ -364,10 +371,11 @@ class _MediaFiles:
         files = [(stem, suffix) for stem, suffix in names if suffix.lower() in kinds]
         # The best kind comes last, and so replaces the others.
         files.sort(key=lambda file: (-kinds[file[1].lower()], file))
-        return {stem: os.path.join(os.path.abspath(folder), stem + suffix) for stem, suffix in files}
+        return {_composed(stem): os.path.join(os.path.abspath(folder), stem + suffix) for stem, suffix in files}
 
     def find(self, clip_id: str, prefix: bool = False) -> str | None:
         """The path of a clip's file; with `prefix`, its name may go on after the id."""
+        clip_id = _composed(clip_id)
         stem, suffix = os.path.splitext(clip_id)
         own = stem if suffix.lower() in (*VIDEO_EXTENSIONS, *AUDIO_EXTENSIONS) else clip_id
         path = next((self.paths[name] for name in (clip_id, own) if name in self.paths), None)
