@@ -316,7 +316,10 @@ def run(config: Classify, data: abide.Abide) -> list[dict[str, Any]]:
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(run_fold(trainer, config, data, fold)), encoding="utf-8")
             partial.replace(path)
-        results.append(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged; remove it, and its fold is done again ({error})") from error
     return results
 
 

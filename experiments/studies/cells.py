@@ -10,6 +10,9 @@ import functools
 import hashlib
 import json
 import os
+import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -112,10 +115,12 @@ def load_or_train(cells: Sequence[Cell], features: FeatureSet, folder: Path) -> 
     trained = []
     for number, cell in enumerate(cells):
         path = folder / f"{fingerprint(cell, features)}.npz"
-        if not path.exists():
+        found = _load(cell, path) if path.exists() else None
+        if found is None:
             print(f"cell {number + 1} of {len(cells)}: {describe(cell)}", flush=True)
-            _save(train(cell, features), path)
-        trained.append(_load(cell, path))
+            found = train(cell, features)
+            _save(found, path)
+        trained.append(found)
     return trained
 
 
@@ -240,11 +245,16 @@ def _save(trained: Trained, path: Path) -> None:
     partial.replace(path)
 
 
-def _load(cell: Cell, path: Path) -> Trained:
+def _load(cell: Cell, path: Path) -> Trained | None:
+    """A kept cell; None, said on stderr, if its file is damaged."""
     towers: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in range(cell.snapshots)]
-    with np.load(path) as file:
-        for name in file.files:
-            if name != "record":
-                number, tower, parameter = name.split("/", 2)
-                towers[int(number)].setdefault(tower, {})[parameter] = file[name]
+    try:
+        with open(path, "rb") as opened, np.load(opened) as file:
+            for name in file.files:
+                if name != "record":
+                    number, tower, parameter = name.split("/", 2)
+                    towers[int(number)].setdefault(tower, {})[parameter] = file[name]
+    except (zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
+        print(f"{path} is damaged ({error}), and trained again", file=sys.stderr, flush=True)
+        return None
     return Trained(cell, towers)

@@ -98,12 +98,18 @@ def read(path: Path) -> FeatureSet:
         if split not in parts or not modality:
             raise ConfigError(f"features must be named SPLIT/MODALITY with a split among {[*parts]}, got {name!r}")
         if modality == "label":
+            if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+                raise ConfigError(f"{name} must be integers [items], got {array.dtype} of shape {array.shape}")
             labels[split] = array.astype(np.int32)
         else:
-            parts[split][modality] = array.astype(np.float32)
+            parts[split][modality] = _vectors(name, array, (2, 3) if split == "train" else (2,))
+    for split in (*SPLITS, CLASSES):
+        if split != CLASSES and (missing := sorted(set(parts["train"]) ^ set(parts[split]))):
+            raise ConfigError(f"features of every modality must be in train and in {split}, got one alone of {missing}")
+        for name, array in parts[split].items():
+            if name in parts["train"] and array.shape[-1] != (width := parts["train"][name].shape[-1]):
+                raise ConfigError(f"{split}/{name} must be as wide as train/{name}, {width}, got {array.shape[-1]}")
     for split in SPLITS:
-        if missing := set(parts["train"]) ^ set(parts[split]):
-            raise ConfigError(f"features of every modality must be there in every split, got not in all: {missing}")
         lengths = {name: len(array) for name, array in parts[split].items()}
         lengths |= {"label": len(labels[split])} if split in labels else {}
         if len(set(lengths.values())) > 1:
@@ -115,6 +121,18 @@ def read(path: Path) -> FeatureSet:
     for name in sorted(arrays):
         digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
     return FeatureSet(train, parts["validation"], parts["test"], labels, parts[CLASSES], digest.hexdigest()[:16])
+
+
+def _vectors(name: str, array: np.ndarray, ranks: tuple[int, ...]) -> np.ndarray:
+    """Finite numbers, float32."""
+    axes = "[items, width] or, of train, [items, copies, width]"
+    real = np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
+    if not real or array.ndim not in ranks or not array.size:
+        raise ConfigError(f"{name} must be numbers {axes}, none of them 0, got {array.dtype} of shape {array.shape}")
+    array = array.astype(np.float32)
+    if not (finite := np.isfinite(array)).all():
+        raise ConfigError(f"{name} must be finite in float32, got {np.count_nonzero(~finite)} entries that are not")
+    return array
 
 
 def emoji_features(data_dir: Path) -> dict[str, np.ndarray]:

@@ -55,6 +55,10 @@ class Study:
             raise ConfigError(f"modalities must be two or more, got {options.modalities}")
         self.seeds = range(1 if options.quick else options.seeds or seeds)
         self.folder = options.output / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output must be a folder that can be made, got {options.output}: {error}") from error
         self.validated: dict[str, list[tuple[float, Cell]]] = {}
         """Of what was tuned, every setting with its recall on validation, best first."""
 
@@ -113,7 +117,6 @@ class Study:
 
         Both end with the settings that were tuned, if any were.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         tuned = {
             name: {"setting": objectives.describe(cell.objective), "validation": recall, "tried": 1 + len(others)}
             for name, [(recall, cell), *others] in self.validated.items()
@@ -132,7 +135,7 @@ class Study:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds, and the values."""
+    """Mean and standard deviation over seeds (0 of one), and the values."""
     array = np.asarray(values, float)
     return {
         "mean": float(array.mean()),
@@ -159,7 +162,7 @@ def table(
     scale: float = 100.0,
     digits: int = 1,
 ) -> str:
-    """A markdown table of means ± standard deviations; the best mean of a column in bold.
+    """A markdown table of means ± standard deviations, if there are several values; the best of a column in bold.
 
     Args:
       rows: row's name to figure to `spread`.
@@ -182,7 +185,8 @@ def table(
                 continue
             mean, std = scale * row[figure]["mean"], scale * row[figure]["std"]
             bold = "**" if row[figure]["mean"] == best[figure] and len(rows) > 1 else ""
-            entries.append(f"{bold}{mean:.{digits}f}{bold} ± {std:.{digits}f}")
+            spread_of = f" ± {std:.{digits}f}" if len(row[figure]["values"]) > 1 else ""
+            entries.append(f"{bold}{mean:.{digits}f}{bold}{spread_of}")
         lines.append(f"| {name} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 

@@ -147,10 +147,12 @@ def margins_of(ours: Sequence[str], rows: Rows) -> dict[str, dict[str, dict[str,
 
 
 def margin(ours: Mapping[str, Mapping], row: Mapping[str, Mapping], figure: str) -> dict[str, float]:
-    """What ours has more over the same seeds, with the standard error of its mean."""
+    """What ours has more over the same seeds, with the standard error of its mean if there are several."""
     difference = np.array(ours[figure]["values"]) - np.array(row[figure]["values"])
-    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return {"mean": float(difference.mean()), "standard error": float(error)}
+    result = {"mean": float(difference.mean())}
+    if len(difference) > 1:
+        result["standard error"] = float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    return result
 
 
 def table_of(margins: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -158,7 +160,11 @@ def table_of(margins: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     columns = [*next(iter(margins.values()))]
     lines = ["| than | " + " | ".join(columns) + " |", "| :-- |" + " --: |" * len(columns)]
     for name, row in margins.items():
-        entries = [f"{100 * row[one]['mean']:+.1f} ± {100 * row[one]['standard error']:.1f}" for one in columns]
+        entries = [
+            f"{100 * row[one]['mean']:+.1f}"
+            + (f" ± {100 * row[one]['standard error']:.1f}" if "standard error" in row[one] else "")
+            for one in columns
+        ]
         lines.append(f"| {name} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 

@@ -48,7 +48,7 @@ def cone_loss(
     of the project find items and single pairs better by this loss than by volumes or residuals, also when those have
     the best of a grid of pairwise terms beside them (items by 3 to 6 points of recall, pairs by 1 to 2);
     `triangle_loss`, for complete items of exactly three modalities, is as good on items. With four modalities and more
-    the cone alone is behind: add `pairwise_infonce_loss` there, and wherever single modalities shall find each other
+    the cone alone is behind: add `pairwise_infonce_loss` there, and when towers are trained from scratch on raw inputs
     (`experiments/studies`).
 
     Args:
