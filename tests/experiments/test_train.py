@@ -207,6 +207,7 @@ def test_a_signal_to_a_finished_run_stops_it_before_the_evaluation(uninterrupted
     assert run(uninterrupted)  # which writes the configuration it was made with
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_does_not_matter_nor_its_change(tmp_path, monkeypatch, uninterrupted):
     """Six steps on four devices, the rest on two, against one."""
     write = MetricWriter.write
