@@ -30,6 +30,9 @@ class Group:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            # Threads of XLA. Simulated devices that wait for one another in two collectives at once hold one each, and
+            # with no more threads than devices may wait for ever.
+            **({"NPROC": str(4 * devices)} if devices > 1 else {}),
         }
         self._outputs = [folder / f"output_{number}.txt" for number in range(len(commands))]
         self.processes = []
