@@ -164,9 +164,8 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
                         f"{axis_name!r}, got shape {array.shape}."
                     )
             if "weights" in batched and batched["weights"].ndim:
-                _checks.weights(
-                    "weights", batched["weights"], len(batched["weights"])
-                )  # their values, known here alone
+                # Inside, their values are no longer known.
+                _checks.weights("weights", batched["weights"], len(batched["weights"]))
             # A scalar that is known stays known inside, so that it is checked there.
             given = {name: np.asarray(x) if _is_known_scalar(x) else x for name, x in given.items()}
             arrays = {name: given.pop(name) for name in list(given) if isinstance(given[name], jax.Array)}

@@ -56,8 +56,8 @@ def load_torch(
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
-        ValueError: the file cannot be read or is refused, or does not fit the configuration: keys that are missing,
-            unexpected, or of a wrong shape or dtype are listed by name, up to 50 of a kind.
+        ValueError: the file cannot be read or is refused, or does not fit the configuration: all keys that are missing,
+            unexpected, or of a wrong shape or dtype are listed by name.
         TypeError: `config` is none of the above.
     """
     kind = model_class(config)

@@ -121,8 +121,8 @@ def params_from_torch(module: nnx.Module, rules: Sequence[Rule], state_dict: Map
         The parameters as an `nnx.State`, ready for `nnx.update(module, state)`.
 
     Raises:
-        ValueError: listing by name the keys that are missing, unexpected, of a wrong shape or dtype, and the copies
-            of one parameter that differ; of more than 50 of a kind, the first 50 and how many more there are.
+        ValueError: listing by name all keys that are missing, unexpected, of a wrong shape or dtype, and all copies
+            of one parameter that differ.
     """
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     wanted = {_dotted(path): variable for path, variable in flat}
@@ -131,7 +131,7 @@ def params_from_torch(module: nnx.Module, rules: Sequence[Rule], state_dict: Map
     known = {name for r in rules for name in r.names}
     problems += [f"unexpected: {name}" for name in state_dict if name not in known]
     if problems:
-        raise ValueError(f"state_dict does not fit {type(module).__name__}:\n  " + "\n  ".join(_listed(problems)))
+        raise ValueError(f"state_dict does not fit {type(module).__name__}:\n  " + "\n  ".join(problems))
 
     converted: dict[str, jax.Array] = {}
     for r in rules:
@@ -221,17 +221,6 @@ def _problems(r: Rule, state_dict: Mapping[str, Tensor], wanted: Mapping[str, An
         for copy in copies
         if state_dict[copy].shape != tensor.shape or not np.array_equal(tensor, state_dict[copy])
     ]
-
-
-def _listed(problems: Sequence[str], most: int = 50) -> list[str]:
-    """The lines of a message, kind by kind; a file for another model would fill hundreds."""
-    kinds: dict[str, list[str]] = {}
-    for problem in problems:
-        kinds.setdefault(problem.split(":")[0], []).append(problem)
-    lines = []
-    for kind, found in kinds.items():
-        lines += found[:most] + [f"{kind}: {len(found) - most} more"] * (len(found) > most)
-    return lines
 
 
 def _parts(r: Rule, tensor: np.ndarray) -> list[np.ndarray]:

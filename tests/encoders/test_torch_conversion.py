@@ -89,16 +89,11 @@ def test_all_problems_are_reported_by_name_and_nothing_is_written(pair):
     np.testing.assert_array_equal(pair.left.kernel[...], before)
 
 
-def test_of_a_kind_of_problem_fifty_are_listed_and_the_rest_counted(pair):
-    strangers = {f"stranger.{number}": np.zeros(2, np.float32) for number in range(50)}
+def test_every_problem_is_listed_however_many(pair):
+    strangers = {f"stranger.{number}": np.zeros(2, np.float32) for number in range(200)}
     with pytest.raises(ValueError, match="does not fit Pair") as error:
         params_from_torch(pair, SEPARATE, tensors() | strangers)
-    assert len(str(error.value).splitlines()) == 51
-    with pytest.raises(ValueError, match="does not fit Pair") as error:
-        params_from_torch(pair, SEPARATE, strangers | {"one more": np.zeros(2), "and more": np.zeros(2)})
-    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
-    assert lines[:5] == [*(f"missing: {r.keys[0]}" for r in SEPARATE), "unexpected: stranger.0"]
-    assert lines[-2:] == ["unexpected: stranger.49", "unexpected: 2 more"]
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [f"unexpected: {name}" for name in strangers]
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2, 1), (5, 2), ()])
