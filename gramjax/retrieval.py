@@ -281,7 +281,9 @@ def load_index(path: str | os.PathLike) -> Index:
             leaves = [file[f"leaf{i}"] for i in range(len(file.files) - 1)]
         return _restore(header, leaves)
     except _DAMAGE as error:
-        raise ValueError(f"{path} is damaged or not an index saved by gramjax, or needs another setting: {error}") from error
+        raise ValueError(
+            f"{path} is damaged or not an index saved by gramjax, or needs another setting: {error}"
+        ) from error
 
 
 def _restore(header: dict, leaves: list[np.ndarray]) -> Index:
