@@ -239,7 +239,8 @@ def make_folds(config: Classify, data: abide.Abide) -> list[Fold]:
     """All folds of all protocols and seeds.
 
     Raises:
-        ConfigError: there is one institution or one diagnosis, or there are too few subjects.
+        ConfigError: there is one institution, one diagnosis in all subjects or in those that a fold trains on, or there
+            are too few subjects.
     """
     if len(set(data.labels.tolist())) < 2:
         raise ConfigError("data must have subjects of both diagnoses")
@@ -257,6 +258,11 @@ def make_folds(config: Classify, data: abide.Abide) -> list[Fold]:
                 groups = classification.stratified_folds(strata(data), config.folds, seed=seed)
                 names = list(range(config.folds))
             folds += [Fold(protocol, seed, str(name), groups != name) for name in names]
+    for fold in folds:
+        if len(set(data.labels[fold.train].tolist())) < 2:
+            raise ConfigError(
+                f"data must have training subjects of both diagnoses: without {fold.name} ({fold.protocol}) it has one"
+            )
     if config.batch_size > (smallest := min(int(fold.train.sum()) for fold in folds)):
         raise ConfigError(f"batch_size must not exceed the {smallest} training subjects of the smallest fold")
     return folds

@@ -11,7 +11,8 @@ from tests.processes import free_address, started
 one_device = functools.cache(multiprocess_worker.compute)
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
 def test_processes_together_compute_what_one_device_does(tmp_path, processes, devices):
     address = free_address()
     paths = [tmp_path / f"{index}.npz" for index in range(processes)]

@@ -128,12 +128,13 @@ def heat_maps(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Pa
             axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
             axes.set_yticks(range(len(names)), names, fontsize=7)
             axes.set_title(title)
-            axes.tick_params(length=0)
+            lowest = number >= len(matrices) - columns
+            axes.tick_params(length=0, labelbottom=lowest)
             axes.spines[:].set_visible(False)
-            axes.set(xlabel=x if number >= len(matrices) - columns else "", ylabel=y if number % columns == 0 else "")
-            figure.colorbar(image, ax=axes, shrink=0.7).outline.set_visible(False)
+            axes.set(xlabel=x if lowest else "", ylabel=y if number % columns == 0 else "")
         for axes in grid[len(matrices) :]:
             axes.axis("off")
+        figure.colorbar(image, ax=list(grid), shrink=min(1.0, 1.4 / rows), aspect=30).outline.set_visible(False)
         _save(figure, path)
 
 

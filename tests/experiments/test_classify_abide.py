@@ -219,6 +219,11 @@ def test_data_that_cannot_be_divided_is_refused(config, data):
         ({"folds": 72}, data, "folds must not exceed the 71 subjects, got 72"),
         ({}, subset(data, data.sites == "NYU"), "needs two institutions or more, got NYU"),
         ({}, subset(data, data.labels == 1), "subjects of both diagnoses"),
+        (
+            {},
+            subset(data, (data.labels == 1) | (data.sites == "NYU")),
+            r"without NYU \(leave-one-site-out\) it has one",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             classify_abide.make_folds(dataclasses.replace(config, **changes), of)
