@@ -52,7 +52,7 @@ PUBLISHED: dict[str, Candidates] = {
 
 # Our own and what they are compared with: what remains of the volume when one of its faults is left out at a time.
 CANDIDATES: dict[str, Candidates] = {
-    "cone": over(lambda t: (terms.Cone(t),), (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
+    "cone": over(lambda t: (terms.Cone(t),), (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
     "cone + pairwise InfoNCE": over(lambda t: (terms.Cone(t), terms.Pairwise(t)), (0.05, 0.1, 0.2, 0.3, 0.4)),
     "cone, every anchor": over(lambda t: (terms.Contrast(t, score=scores.Cone(), every_anchor=True),)),
     "residual": over(lambda t: (terms.Contrast(t, score=scores.Residual()),)),
