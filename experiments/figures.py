@@ -109,7 +109,8 @@ def retrieval_gallery(
             for row in rows:
                 _gallery_row(axes, row, top, query_width, columns)
                 top += cell
-        axes.text(0.12, height + 0.25, caption, fontsize=7.5, color=FAINT, va="center")
+        lines = textwrap.fill(caption, int(15 * width), max_lines=2, placeholder=" …")  # 16 letters to a unit of width
+        axes.text(0.12, height + 0.25, lines, fontsize=7.5, color=FAINT, va="center")
         return _save(figure, path)
 
 

@@ -66,6 +66,17 @@ def test_gallery_grows_with_its_rows(tmp_path):
     assert heights[1] > heights[0] + 3 * 90
 
 
+def test_a_long_caption_stays_inside_the_gallery(tmp_path):
+    caption = "Queries are evenly spaced through the test split, not picked by hand. " * 2
+    sections = {"a → b": [gallery_row("query")]}
+    long, none = (
+        read(figures.retrieval_gallery(sections, tmp_path / "g.png", title="", caption=text)) for text in (caption, "")
+    )
+    assert (long[:, 10:-10] != none[:, 10:-10]).any(), "it is there"
+    np.testing.assert_array_equal(long[:, -10:], none[:, -10:])
+    np.testing.assert_array_equal(long[-3:], none[-3:])
+
+
 def test_names_in_the_gallery_keep_clear_of_their_neighbours(tmp_path):
     row = figures.GalleryRow(
         "query", "name", [found((1.0, 0.0, 0.0)), found((0.0, 1.0, 0.0))], found((0.0, 0.0, 1.0)), 3
