@@ -33,7 +33,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -249,8 +249,9 @@ def _umask() -> int:
     return mask
 
 
-# What reading a damaged archive raises; NotImplementedError where its header asks for an unknown compression.
-_DAMAGE = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, KeyError, ValueError)
+# What reading a damaged archive raises, once it could be opened: RuntimeError where a header asks for a password or (a
+# NotImplementedError) an unknown compression, OSError for a position outside of the file.
+_DAMAGE = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError)
 
 
 def load_index(path: str | os.PathLike) -> Index:
@@ -264,38 +265,49 @@ def load_index(path: str | os.PathLike) -> Index:
 
     Raises:
       FileNotFoundError: if there is no file.
-      ValueError: if `path` is a folder, or the file is damaged, no index, or one that this version cannot read.
+      OSError: if it cannot be opened.
+      ValueError: if `path` is a folder, or the file is damaged, no index, or one that this version cannot read, or its
+        vectors are float64 and jax_enable_x64 is off.
     """
     if not os.fspath(path) or Path(path).is_dir():
         raise ValueError(f"path must be of a file that save_index wrote, got {os.fspath(path)!r}")
     if not Path(path).exists():
         raise FileNotFoundError(f"path must be of a file that save_index wrote, got {os.fspath(path)!r}: there is none")
+    with open(path, "rb") as opened:
+        try:
+            header, leaves = _read(opened)
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is damaged or not an index saved by gramjax: {error}") from error
+    dtype = _dtype(leaves)
+    if dtype is not None and dtype != dtypes.canonicalize_dtype(dtype):
+        raise ValueError(f"{path} cannot be loaded: its vectors are {dtype}, which needs jax_enable_x64")
     try:
-        # np.load itself would go on to try other formats and speak of pickles.
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
-            header = json.loads(str(file["header"]))
-            if not isinstance(header, dict):
-                raise ValueError("its header is no mapping")
-            if header["format"] != _FORMAT:
-                raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
-            leaves = [file[f"leaf{i}"] for i in range(len(file.files) - 1)]
         return _restore(header, leaves)
-    except _DAMAGE as error:
-        raise ValueError(
-            f"{path} is damaged or not an index saved by gramjax, or needs another setting: {error}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or not an index saved by gramjax: {error}") from error
+
+
+def _read(opened: BinaryIO) -> tuple[dict, list[np.ndarray]]:
+    # np.load itself would go on to try other formats and speak of pickles.
+    zipfile.ZipFile(opened).close()
+    opened.seek(0)
+    with np.load(opened, allow_pickle=False) as file:
+        header = json.loads(str(file["header"]))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no mapping")
+        if header["format"] != _FORMAT:
+            raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
+        return header, [file[f"leaf{i}"] for i in range(len(file.files) - 1)]
 
 
 def _restore(header: dict, leaves: list[np.ndarray]) -> Index:
     """Puts the arrays back into the tree that the score makes, whose shapes and dtypes they must have."""
-    modalities, dim = sizes = [header[name] for name in ("modalities", "dim")]
+    modalities, dim = sizes = [header.get(name) for name in ("modalities", "dim")]
     sized = all(isinstance(size, int) and size >= 1 for size in sizes)
     dtype = _dtype(leaves)
     if not (sized and len(leaves) >= 2 and leaves[-1].ndim and dtype is not None):
         raise ValueError("its header or its arrays are not those of an index")
-    if dtype != dtypes.canonicalize_dtype(dtype):
-        raise ValueError(f"its vectors are {dtype}, which needs jax_enable_x64")
-    score = _score_from(header["score"])
+    score = _score_from(header.get("score"))
     size = leaves[-1].shape[0]
     gallery = jax.ShapeDtypeStruct((size, modalities, dim), dtype)
     where = jax.ShapeDtypeStruct(gallery.shape[:2], bool)

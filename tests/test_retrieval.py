@@ -204,6 +204,21 @@ def test_foreign_and_broken_files_are_refused(saved, change, message):
         retrieval.load_index(saved)
 
 
+def _encrypted(whole):
+    """The flag of a password set in the list of contents at the end of the archive."""
+    flags = whole.index(b"PK\x01\x02") + 8
+    return whole[:flags] + bytes([whole[flags] | 1]) + whole[flags + 1 :]
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(saved, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(saved))
+
+    monkeypatch.setattr(retrieval, "open", refuse, raising=False)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        retrieval.load_index(saved)
+
+
 def test_damaged_bytes_are_refused(saved):
     whole = saved.read_bytes()
     for broken in (
@@ -213,6 +228,7 @@ def test_damaged_bytes_are_refused(saved):
         b"\x80\x04N.",
         _flipped(whole),
         _compressed_strangely(whole),
+        _encrypted(whole),
     ):
         saved.write_bytes(broken)
         with pytest.raises(ValueError, match=r"index\.npz is damaged or not an index saved by gramjax"):
@@ -269,7 +285,7 @@ def test_double_precision_is_read_in_double_precision_alone(tmp_path):
         index = retrieval.build_index(jnp.eye(3)[:, None])
         retrieval.save_index(index, tmp_path / "index.npz")
         assert retrieval.load_index(tmp_path / "index.npz").dtype == jnp.float64
-    with pytest.raises(ValueError, match=r"its vectors are float64, which needs jax_enable_x64"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: its vectors are float64, which needs jax_enable_x64"):
         retrieval.load_index(tmp_path / "index.npz")
 
 
