@@ -1,4 +1,4 @@
-"""Eigenvectors of many small Gram matrices at once, by Jacobi rotations.
+"""Singular values and left singular vectors of many small matrices at once, by one-sided Jacobi rotations.
 
 The batch is the last axis everywhere, so that every step of a rotation is elementwise over long contiguous rows.
 """
@@ -10,38 +10,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gramjax import _devices
-
 # Up to here a sweep is written out, pair by pair, and compiles in about a second; beyond, XLA takes far longer.
-_WRITTEN_OUT = 4
+_WRITTEN_OUT = 8
 
 
 # Compiled by itself where nothing else is, or every call would compile its loop anew.
 @functools.partial(jax.jit, static_argnames="sweeps", inline=True)
-def eigenvectors(gram: Float[Array, "k k n"], *, sweeps: int) -> tuple[Float[Array, "k n"], Float[Array, "k k n"]]:
-    """`(values, vectors)` of positive semidefinite matrices, in no order: `gram vectors[i] = values[i] vectors[i]`.
+def singular_vectors(
+    columns: Float[Array, "k m n"], *, sweeps: int
+) -> tuple[Float[Array, "k n"], Float[Array, "k m n"]]:
+    """Singular values and left singular vectors of matrices of `k` columns of `m` entries, in no order.
+
+    The columns themselves are turned until they are orthogonal: those of `A J = U S`, whose lengths and directions
+    these are. No rotation is kept.
 
     Args:
-      gram: symmetric; the upper triangle is read.
-      sweeps: over all pairs. Convergence is quadratic at the end.
+      columns: of each of `n` matrices, `[k, m, n]`.
+      sweeps: over all pairs of columns. Convergence is quadratic at the end.
 
     Returns:
-      `values` `[k, n]` and `vectors` `[k, k, n]` (vector, entry, batch).
+      `values` `[k, n]` and `vectors` `[k, m, n]` (vector, entry, batch), 0 where the value is 0.
     """
-    k = gram.shape[0]
-    if k == 1:
-        return gram[0], jnp.ones_like(gram)
-    # For the loop below it must lie on the devices on which the matrices lie.
-    identity = jnp.eye(k, dtype=gram.dtype)[..., None] + jnp.zeros_like(gram)
-    identity = _devices.vary_over(identity, _devices.varying(gram))
+    k = columns.shape[0]
     if k > _WRITTEN_OUT:
-        return _one_sided(gram, identity, sweeps)
-    entries = {(i, j): gram[i, j] for i in range(k) for j in range(i, k)}
-    sweeps = 1 if k == 2 else sweeps  # the only pair
-    entries, vectors = jax.lax.fori_loop(
-        0, sweeps, lambda _, state: _sweep(state[0], state[1], k), (entries, [identity[i] for i in range(k)])
-    )
-    return jnp.stack([entries[i, i] for i in range(k)]), jnp.stack(vectors)
+        columns = _in_rounds(columns, sweeps)
+    elif k > 1:
+        columns = jnp.stack(jax.lax.fori_loop(0, sweeps, lambda _, turned: _sweep(turned), list(columns)))
+    values = jnp.sqrt(jnp.sum(jnp.square(columns), axis=1))
+    return values, columns * jnp.where(values == 0, 0.0, 1.0 / values)[:, None]
 
 
 def in_descending_order(values: Float[Array, "k n"], *others: Any) -> list[Array]:
@@ -57,51 +53,50 @@ def in_descending_order(values: Float[Array, "k n"], *others: Any) -> list[Array
     return [jnp.stack(parts) for parts in zip(*columns)]
 
 
-def _rotation(alpha: Array, beta: Array, gamma: Array) -> tuple[Array, Array, Array]:
-    """Tangent, cosine and sine of the angle that makes `[[alpha, gamma], [gamma, beta]]` diagonal."""
+def _sweep(columns: list[Array]) -> list[Array]:
+    """Each pair of columns `[m, n]` made orthogonal once, one after the other."""
+    columns = list(columns)
+    for p in range(len(columns)):
+        for q in range(p + 1, len(columns)):
+            columns[p], columns[q] = _rotated(columns[p], columns[q])
+    return columns
+
+
+def _rotated(one: Array, other: Array) -> tuple[Array, Array]:
+    """Two columns `[..., m, n]` turned into orthogonal ones."""
+
+    def product(a, b):
+        # Not `jnp.sum`, which XLA would not fuse with the rotation.
+        return functools.reduce(jnp.add, [a[..., i, :] * b[..., i, :] for i in range(a.shape[-2])])
+
+    cosine, sine = _rotation(product(one, one), product(other, other), product(one, other))
+    # A barrier: XLA would compute the angle again for every entry.
+    cosine, sine = jax.lax.optimization_barrier((cosine[..., None, :], sine[..., None, :]))
+    return cosine * one - sine * other, sine * one + cosine * other
+
+
+def _rotation(alpha: Array, beta: Array, gamma: Array) -> tuple[Array, Array]:
+    """Cosine and sine of the angle that makes `[[alpha, gamma], [gamma, beta]]` diagonal."""
     difference = beta - alpha
-    size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(difference), 2.0 * jnp.abs(gamma)))
-    inverse = jnp.where(size > 0, 1.0 / jnp.where(size > 0, size, 1.0), 0.0)
+    size = jnp.maximum(jnp.abs(difference), 2.0 * jnp.abs(gamma))
+    inverse = jnp.where(size > 0, 1.0 / size, 0.0)
     # Brought to a size of 1, whose square neither overflows nor vanishes.
     difference, twice = difference * inverse, 2.0 * gamma * inverse
-    root = jnp.sqrt(jnp.where(size > 0, jnp.square(difference) + jnp.square(twice), 1.0))
+    root = jnp.where(size > 0, jnp.sqrt(jnp.square(difference) + jnp.square(twice)), 1.0)
     tangent = jnp.where(difference < 0, -twice, twice) / (jnp.abs(difference) + root)
     cosine = jax.lax.rsqrt(1.0 + jnp.square(tangent))
-    return tangent, cosine, cosine * tangent
+    return cosine, cosine * tangent
 
 
-def _sweep(entries: dict, vectors: list[Array], k: int) -> tuple[dict, list[Array]]:
-    """Each pair of rows and columns rotated once, one after the other."""
-    entries, vectors = dict(entries), list(vectors)
-    for p in range(k):
-        for q in range(p + 1, k):
-            tangent, cosine, sine = _rotation(entries[p, p], entries[q, q], entries[p, q])
-            moved = tangent * entries[p, q]
-            entries[p, p], entries[q, q] = entries[p, p] - moved, entries[q, q] + moved
-            entries[p, q] = jnp.zeros_like(moved)
-            for r in set(range(k)) - {p, q}:
-                one, other = (min(r, p), max(r, p)), (min(r, q), max(r, q))
-                a, b = entries[one], entries[other]
-                entries[one], entries[other] = cosine * a - sine * b, sine * a + cosine * b
-            a, b, c, s = vectors[p], vectors[q], cosine[None], sine[None]
-            vectors[p], vectors[q] = c * a - s * b, s * a + c * b
-    return entries, vectors
-
-
-def _one_sided(columns: Array, identity: Array, sweeps: int) -> tuple[Array, Array]:
-    """Rotates pairs of columns until all are orthogonal; their lengths are then the eigenvalues.
-
-    A round rotates `k/2` disjoint pairs at once (the schedule of a round-robin tournament), so that one small loop
-    body serves every `k`.
-    """
+def _in_rounds(columns: Array, sweeps: int) -> Array:
+    """Rotates `k/2` disjoint pairs at once (the schedule of a round-robin tournament): one small loop for every `k`."""
     k = columns.shape[0]
     even = k + k % 2
-    # The rotations are accumulated by rotating the identity along with the matrix. Odd k: a zero column sits out.
-    state = jnp.pad(jnp.concatenate([columns, identity], axis=1), ((0, even - k), (0, 0), (0, 0)))
+    state = jnp.pad(columns, ((0, even - k), (0, 0), (0, 0)))  # odd k: a zero column sits out
 
     def one_round(_, carry):
         first, second, labels = carry
-        first, second = _rotate_columns(first, second, k)
+        first, second = _rotated(first, second)
         everyone = jnp.concatenate([first, second[::-1]])
         everyone = jnp.concatenate([everyone[:1], jnp.roll(everyone[1:], 1, axis=0)])
         labels = jnp.concatenate([labels[:1], jnp.roll(labels[1:], 1)])
@@ -109,15 +104,4 @@ def _one_sided(columns: Array, identity: Array, sweeps: int) -> tuple[Array, Arr
 
     carry = (state[: even // 2], state[even // 2 :][::-1], jnp.arange(even))
     first, second, labels = jax.lax.fori_loop(0, (even - 1) * sweeps, one_round, carry)
-    state = jnp.concatenate([first, second[::-1]])[jnp.argsort(labels)][:k]
-    squares = jnp.sum(jnp.square(state[:, :k]), axis=1)
-    return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares))), state[:, k:]
-
-
-def _rotate_columns(first: Array, second: Array, rows: int) -> tuple[Array, Array]:
-    """One rotation for each pair of columns `[pair, row, n]`, orthogonalising their first `rows` rows."""
-    alpha = jnp.sum(jnp.square(first[:, :rows]), axis=1, keepdims=True)
-    beta = jnp.sum(jnp.square(second[:, :rows]), axis=1, keepdims=True)
-    gamma = jnp.sum(first[:, :rows] * second[:, :rows], axis=1, keepdims=True)
-    _, cosine, sine = _rotation(alpha, beta, gamma)
-    return cosine * first - sine * second, sine * first + cosine * second
+    return jnp.concatenate([first, second[::-1]])[jnp.argsort(labels)][:k]

@@ -93,8 +93,8 @@ def _outer(a: Array, b: Array) -> Array:
     return a[:, None] * b[None]
 
 
-# A block of items of this size stays in a core's cache from one pass over it to the next.
-_BLOCK_BYTES = 2**20
+# A block of items of this size stays in the cache from one pass over it to the next.
+_BLOCK_BYTES = 2**21
 
 
 def _block(z: Array) -> int | None:
@@ -112,60 +112,84 @@ def _on_one_device(z: Array) -> bool:
     return not divided and (jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual)
 
 
+@jax.custom_jvp
 def _decompose(z: Array) -> _Decomposition:
     if (block := _block(z)) is None:
         return _decompose_at_once(z)
     n, k, d = z.shape
-    # Differentiated (for second derivatives), a loop would keep all that it computes for every block.
-    at_once = jax.checkpoint(_decompose_at_once, prevent_cse=False)
-    decomposition = jax.lax.map(at_once, z.reshape((n // block, block, k, d)))
+    decomposition = jax.lax.map(_decompose_at_once, z.reshape((n // block, block, k, d)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape((*x.shape[1:-1], n)), decomposition)
 
 
-def _decompose_at_once(z: Array) -> _Decomposition:
-    """Two rounds: the eigenvectors of the Gram matrix, then those of the Gram matrix of what they make of the vectors.
+@_decompose.defjvp
+def _decompose_jvp(primals, tangents):
+    """For second derivatives.
 
-    The first Gram matrix has lost the small singular values (in float32, below 3e-4 of the largest). But the vectors
-    turned by its eigenvectors are orthogonal up to that, and as short as the singular values are small: their own Gram
-    matrix is accurate for each, relative to its length.
+    With `B_ij` as above, `dv_i = sum_(j != i) v_j (s_i B_ij + s_j B_ji) / (s_i^2 - s_j^2)`.
+    """
+    (z,), (tangent,) = primals, tangents
+    decomposition = _decompose(z)
+    values, mixing, weights = decomposition
+    products = jnp.stack([jnp.sum(z[:, m : m + 1] * tangent, axis=-1).T for m in range(len(values))])  # [m, l, n]
+    along = jnp.sum(weights[:, :, None] * products[None], axis=1)  # u_i . dz_l
+    b = jnp.sum(along[:, None] * mixing[None], axis=2)
+    changes = jnp.stack([b[i, i] for i in range(len(values))])
+    gaps = values[:, None] - values[None]
+    simple = jnp.abs(gaps) > tolerance(z) * values[:1, None]
+    gaps = jnp.where(simple, gaps * (values[:, None] + values[None]), 1.0)
+    turns = values[:, None] * b
+    turns = jnp.where(simple, (turns + jnp.swapaxes(turns, 0, 1)) / gaps, 0.0)
+    mixing_changes = jnp.sum(turns[:, :, None] * mixing[None], axis=1)
+    inverse = jnp.where(values > 0, 1.0 / jnp.where(values > 0, values, 1.0), 0.0)[:, None]
+    weight_changes = inverse * (mixing_changes - changes[:, None] * weights)
+    return decomposition, _Decomposition(changes, mixing_changes, weight_changes)
+
+
+def _decompose_at_once(z: Array) -> _Decomposition:
+    """From the triangular factor, `z_l = sum_j R_jl q_j`: the left singular vectors of `R^T` are the `v_i`.
+
+    The factor is as small as the Gram matrix, but that would have lost the small singular values (in float32, below
+    3e-4 of the largest).
     """
     k = z.shape[1]
-    more = int(z.dtype == jnp.float64)
-    _, first = _jacobi.eigenvectors(_gram(z), sweeps=3 + more + k // 6)
-    squares, second = _jacobi.eigenvectors(_gram(_mixed(first, z)), sweeps=2 + more + k // 4)
-    mixing = jnp.sum(second[:, :, None] * first[None], axis=1)
-    squares, mixing = jax.lax.optimization_barrier(_jacobi.in_descending_order(squares, mixing))
-    lost = squares <= 0
-    values = jnp.where(lost, 0.0, jnp.sqrt(jnp.where(lost, 1.0, squares)))
+    # Until sets random or nearly parallel, of repeated, clustered or widely different values gain no more digits.
+    sweeps = (2 if k == 2 else 3 + k // 2) + 2 * (z.dtype == jnp.float64)
+    values, mixing = _jacobi.singular_vectors(_triangle(z), sweeps=sweeps)
+    values, mixing = jax.lax.optimization_barrier(_jacobi.in_descending_order(values, mixing))
     present = ~(values <= tolerance(z) * values[:1])
     values = jnp.where(present, values, 0.0)
     mixing = mixing * _orientation(values, mixing)[None, None]
-    weights = mixing * jnp.where(present, 1.0 / jnp.where(present, values, 1.0), 0.0)[:, None]
+    weights = mixing * jnp.where(present, 1.0 / values, 0.0)[:, None]
     return _Decomposition(values, mixing, weights)
 
 
-# On CPUs products of the smallest matrices take a fraction of the time of sums of elementwise products. Accelerators
-# would leave their matrix units idle and round besides; there XLA fuses the sums into few passes.
+def _triangle(z: Array) -> Array:
+    """Rows `[j, l, n]` of the triangular factor, by modified Gram-Schmidt.
 
-
-def _gram(z: Array) -> Array:
-    """Inner products `[k, k, n]`."""
-    if jax.default_backend() == "cpu":
-        return jnp.einsum("nid,njd->ijn", z, z, precision=jax.lax.Precision.HIGHEST)
+    The orthonormal vectors, which are not kept, may not be so orthogonal, but the factor is as accurate as one of
+    Householder reflections (Bjorck, 1967).
+    """
     k = z.shape[1]
-    entries = {(i, j): jnp.sum(z[:, i] * z[:, j], axis=-1) for i in range(k) for j in range(i, k)}
-    return jnp.stack([jnp.stack([entries[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
-
-
-def _mixed(weights: Array, z: Array) -> Array:
-    """`[i, k, n], [n, k, d] -> [n, i, d]`."""
-    if jax.default_backend() == "cpu":
-        return jnp.einsum("imn,nmd->nid", weights, z, precision=jax.lax.Precision.HIGHEST)
-    return jnp.stack([_combined(row, z) for row in weights], axis=1)
+    # Copies: the sums below take a fraction of the time over vectors that lie together. The other barriers keep what is
+    # left of the vectors from being computed again for every sum.
+    rest = list(jax.lax.optimization_barrier([z[:, l] for l in range(k)]))
+    absent = [jnp.zeros_like(rest[0][:, 0])]
+    rows = []
+    while rest:
+        products = [jnp.sum(rest[0] * vector, axis=-1) for vector in rest]
+        inverse = jnp.where(products[0] == 0, 0.0, jax.lax.rsqrt(products[0]))
+        row = [product * inverse for product in products]
+        rows.append(absent * len(rows) + row)
+        shares = jax.lax.optimization_barrier([(entry * inverse)[:, None] for entry in row[1:]])
+        left = [vector - share * rest[0] for vector, share in zip(rest[1:], shares)]
+        rest = list(jax.lax.optimization_barrier(left))
+    return jnp.stack([jnp.stack(row) for row in rows])
 
 
 def _combined(weights: Array, z: Array) -> Array:
     """`[k, n], [n, k, d] -> [n, d]`."""
+    # On CPUs the transpose, products of one vector with k, takes a fraction of the time so. Accelerators would leave
+    # their matrix units idle and round besides; there XLA fuses the sums into few passes.
     if jax.default_backend() == "cpu":
         return jnp.einsum("mn,nmd->nd", weights, z, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(weights.T[..., None] * z, axis=1)

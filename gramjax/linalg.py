@@ -9,9 +9,7 @@ of `z` are the square roots of the eigenvalues of `G`. GRAM (arXiv 2412.11959, s
 How it is computed. `G` squares the condition number: in float32 the determinant of three unit vectors that differ by
 `1e-3` is wrong by a tenth. So volumes come from Gram-Schmidt with re-orthogonalisation, which writes
 `z_l = sum_j R_jl q_j` with orthonormal `q_j`: the volume is the product of the residual norms `R_ll`. Singular values
-come from two small Gram matrices, one after the other, each made diagonal by Jacobi rotations: what the first has lost
-of the small singular values, the second, of the vectors turned by the first one's eigenvectors, gives back. No `d x d`
-factor ever exists.
+are those of `R`, whose rows Jacobi rotations turn until they are orthogonal. No `d x d` factor ever exists.
 
 A vector is *dependent* when what Gram-Schmidt leaves of it is below `2 k eps` of its length, which is rounding noise:
 its direction is then taken as 0. Absent vectors (`where` False) are left out exactly: the volume and the spectrum are

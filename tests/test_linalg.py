@@ -78,6 +78,48 @@ def test_float64_stays_float64(k, x64):
     np.testing.assert_allclose(linalg.volume(jnp.asarray(z)), np.prod(values, axis=-1), rtol=1e-13)
 
 
+def _awkward(k, batch=500, d=16):
+    """Sets on which rotations converge slowest, or on which values vanish or repeat; float64."""
+    rng = np.random.default_rng(1)
+    random = reference.unit(rng, batch, k, d)
+    repeat, zero, opposite = random.copy(), random.copy(), random.copy()
+    repeat[:, -1] = repeat[:, 0]
+    zero[:, 0] = 0.0
+    opposite[:, 1::2] = -opposite[:, : 2 * (k // 2) : 2]
+    rows = np.linalg.qr(rng.normal(size=(batch, d, k)))[0].swapaxes(1, 2)
+    turns = np.linalg.qr(rng.normal(size=(batch, k, k)))[0]
+    cluster = np.where(np.arange(k) < (k + 1) // 2, 1.0, 1e-3)
+
+    def with_values(values):
+        return np.einsum("nij,j,njd->nid", turns, values, rows)
+
+    sets = [
+        repeat,
+        zero,
+        opposite,
+        rows,
+        with_values(cluster),
+        with_values(10.0 ** -np.arange(k)),
+        with_values(1.0 + np.arange(k)),
+    ]
+    return np.concatenate(
+        [*sets, random * 10.0 ** rng.uniform(-6, 0, size=(batch, k, 1)), 1e12 * random, 1e-12 * random]
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6, 8, 9, 12])  # written out, and beyond 8 in a loop
+def test_singular_values_of_awkward_sets(k, dtype, x64):
+    z = _awkward(k).astype(dtype)
+    exact = np.linalg.svd(z.astype(np.float64), compute_uv=False)
+    rounding = 3 * k * np.finfo(dtype).eps
+    values, direction = (np.asarray(x, np.float64) for x in jax.jit(linalg.spectrum)(jnp.asarray(z)))
+    assert np.max(np.abs(values - exact) / exact[:, :1]) < rounding
+    # How much of the vectors lies along the direction is stationary there, whether or not the value repeats.
+    along = np.linalg.norm(np.einsum("nkd,nd->nk", z.astype(np.float64), direction), axis=1)
+    assert np.max(np.abs(along / exact[:, 0] - 1)) < rounding
+
+
 def test_basis_is_orthonormal_and_spans():
     z = jnp.asarray(_sets(4, "close"))
     basis = np.asarray(linalg.orthonormal_basis(z), np.float64)
@@ -124,6 +166,16 @@ def test_derivatives_against_finite_differences(function, k, x64):
     loss = jax.jit(lambda z: jnp.sum(weights * jnp.sin(function(z))))
     # The checker passes NumPy arrays on.
     check_grads(lambda z: loss(jnp.asarray(z)), (z,), order=2, eps=1e-5, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_second_derivatives_where_values_repeat(k, x64):
+    """The squares of the values add up to `|z|^2`, whose second derivative is 2, at orthonormal vectors too."""
+    z, tangent = np.random.default_rng(k).normal(size=(2, 4, k, 7))
+    z = np.linalg.qr(np.swapaxes(z, 1, 2))[0].swapaxes(1, 2)
+    gradient = jax.grad(lambda z: jnp.sum(jnp.square(linalg.singular_values(z))))
+    _, change = jax.jit(lambda z, tangent: jax.jvp(gradient, (z,), (tangent,)))(jnp.asarray(z), jnp.asarray(tangent))
+    np.testing.assert_allclose(change, 2 * tangent, atol=1e-12)
 
 
 def test_gradient_of_the_volume_is_the_residual(x64):
@@ -318,7 +370,7 @@ def test_blocks_do_not_change_spectra(n, monkeypatch):
     np.testing.assert_allclose(gradient_again, gradient, atol=1e-4 * np.max(np.abs(gradient)))
 
 
-@pytest.mark.parametrize("k", [3, 5])  # Jacobi rotations written out, and in a loop
+@pytest.mark.parametrize("k", [3, 9])  # Jacobi rotations written out, and in a loop
 def test_spectra_on_explicit_meshes(k):
     z = _sets(k, "random", batch=8).astype(np.float32)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
