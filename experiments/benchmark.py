@@ -4,7 +4,7 @@ Machines differ and are shared, so what counts is the ratio of two times measure
 and gradient, is compared with
 
 - the published form, a `[B, B, k, k]` tensor of Gram matrices and their determinants, in JAX and, where it is
-  installed, in PyTorch;
+  installed, in PyTorch, with the volumes computed for each direction, as published, and for both at once;
 - the floor of its matrix products, `4 (k - 1)` of `[B, d] x [d, B]`, at the rate of the best contiguous product of
   this run;
 - the same scores as one `[B, B]` matrix, differentiated by JAX;
@@ -115,24 +115,35 @@ def spectral_loss(spectrum: Callable) -> Callable:
     return loss
 
 
-def published_gram_loss_in_torch(z: np.ndarray) -> Step:
-    """The same in PyTorch, with its gradient."""
+def published_gram_loss_in_torch(z: np.ndarray, *, shared: bool) -> Step:
+    """The same in PyTorch, with its gradient; the published code computes the volumes again for the other direction.
+
+    Args:
+      z: vectors, `[B, k, d]`, the anchor first.
+      shared: compute them once for both. XLA, which sees both, always does.
+    """
     import torch  # pyright: ignore[reportMissingImports]
 
     tensor = torch.tensor(z)
-    n, k, _ = z.shape
-    target = torch.arange(n)
+    target = torch.arange(len(z))
+
+    def volumes(anchor, others):
+        shape = len(anchor), len(anchor)
+        own = torch.einsum("id,id->i", anchor, anchor)[:, None].expand(shape)
+        cross = [anchor @ other.T for other in others]
+        rows = [torch.stack([own, *cross], dim=-1)]
+        for products, one in zip(cross, others):
+            inner = [torch.einsum("jd,jd->j", one, other)[None].expand(shape) for other in others]
+            rows.append(torch.stack([products, *inner], dim=-1))
+        return torch.sqrt(torch.abs(torch.det(torch.stack(rows, dim=-2))))
 
     def step():
         leaf = tensor.clone().requires_grad_()
-        cross = torch.einsum("id,jld->ijl", leaf[:, 0], leaf[:, 1:])
-        inner = torch.einsum("jld,jmd->jlm", leaf[:, 1:], leaf[:, 1:]).expand(n, n, k - 1, k - 1)
-        corner = leaf[:, 0].square().sum(-1)[:, None, None, None].expand(n, n, 1, 1)
-        top = torch.cat([corner, cross[:, :, None, :]], dim=3)
-        gram = torch.cat([top, torch.cat([cross[..., None], inner], dim=3)], dim=2)
-        logits = -torch.sqrt(torch.abs(torch.det(gram))) / TEMPERATURE
+        anchor, *others = leaf.unbind(1)
+        forward = volumes(anchor, others)
+        backward = forward if shared else volumes(anchor, others)
         entropy = torch.nn.functional.cross_entropy
-        value = 0.5 * (entropy(logits, target) + entropy(logits.T, target))
+        value = 0.5 * (entropy(-forward / TEMPERATURE, target) + entropy(-backward.T / TEMPERATURE, target))
         value.backward()
         return leaf.grad
 
@@ -195,7 +206,8 @@ def against_other_forms(options: Options) -> list[Row]:
                 "whole matrix": value_and_gradient(whole_matrix_gram_loss, z),
             }
             if importlib.util.find_spec("torch"):
-                steps["published, PyTorch"] = published_gram_loss_in_torch(np.asarray(z))
+                steps["published, PyTorch"] = published_gram_loss_in_torch(np.asarray(z), shared=False)
+                steps["published, PyTorch, volumes once"] = published_gram_loss_in_torch(np.asarray(z), shared=True)
             rows += _rows("other forms", compare(steps, options.repeats), batch, k, options.dim)
     return rows
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gramjax import _jacobi
+from gramjax import _devices, _jacobi
 
 
 def tolerance(z: Array) -> float:
@@ -100,10 +100,8 @@ _BLOCK_BYTES = 2**21
 def _block(z: Array) -> int | None:
     """How many of the sets `[n, k, d]` to take at a time on one CPU device, if they are many; None: all."""
     n, k, d = z.shape
-    if jax.default_backend() != "cpu" or not _on_one_device(z):
-        return None
-    most = max(32, _BLOCK_BYTES // (k * d * z.dtype.itemsize))
-    return next((size for size in range(min(most, n // 4), 31, -1) if n % size == 0), None)
+    size = max(32, _BLOCK_BYTES // (k * d * z.dtype.itemsize))
+    return size if jax.default_backend() == "cpu" and n >= 4 * size and _on_one_device(z) else None
 
 
 def _on_one_device(z: Array) -> bool:
@@ -116,9 +114,15 @@ def _on_one_device(z: Array) -> bool:
 def _decompose(z: Array) -> _Decomposition:
     if (block := _block(z)) is None:
         return _decompose_at_once(z)
-    n, k, d = z.shape
-    decomposition = jax.lax.map(_decompose_at_once, z.reshape((n // block, block, k, d)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape((*x.shape[1:-1], n)), decomposition)
+    n = z.shape[0]
+
+    def body(i, done):
+        start = jnp.minimum(i * block, n - block)  # the last ones, whatever of them was done before
+        part = _decompose_at_once(jax.lax.dynamic_slice_in_dim(z, start, block))
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, x.ndim - 1), done, part)
+
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(_decompose_at_once, z))
+    return jax.lax.fori_loop(0, -(-n // block), body, _devices.vary_over(empty, _devices.varying(z)))
 
 
 @_decompose.defjvp

@@ -364,7 +364,7 @@ def test_blocks_do_not_change_spectra(n, monkeypatch):
     value, gradient, block = value_and_gradient(lambda f: f)
     assert block is None
     again, gradient_again, block = value_and_gradient(alone)
-    assert block == (32 if n == 256 else None)
+    assert block == 32
     np.testing.assert_allclose(again, value, rtol=1e-5)
     # Where two singular values nearly coincide the direction turns fast, and so rounding counts for more.
     np.testing.assert_allclose(gradient_again, gradient, atol=1e-4 * np.max(np.abs(gradient)))

@@ -113,3 +113,14 @@ def test_the_forms_compute_the_same():
     (values, direction), (plain, left) = jax.jit(lambda z: (linalg.spectrum(z), benchmark.plain_spectrum(z)))(z)
     np.testing.assert_allclose(values, plain, rtol=1e-5)
     np.testing.assert_allclose(jnp.abs(jnp.sum(direction * left, axis=1)), np.ones(6), rtol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("shared", [False, True])
+def test_pytorch_computes_the_same(shared):
+    torch = pytest.importorskip("torch", reason="needs the packages that `make test-parity` installs")
+    z = benchmark.unit_vectors(6, 3, 8)
+    gradient = benchmark.published_gram_loss_in_torch(np.asarray(z), shared=shared)()
+    assert isinstance(gradient, torch.Tensor)
+    expected = jax.jit(jax.grad(losses.gram_loss))(z)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
