@@ -157,7 +157,7 @@ def scaling(panels: Mapping[tuple[str, str, str], Mapping[str, Curve]], path: pa
     """Doubly logarithmic curves: `(title, x axis, y axis)` of a panel -> label -> points."""
     with mpl.rc_context(STYLE):
         rows = -(-len(panels) // 3)
-        figure = _figure(9.0, 2.9 * rows, layout="constrained")
+        figure = _figure(9.0, 3.6 * rows, layout="constrained")
         colours: dict[str, str] = {}
         for axes, ((title, x, y), lines) in zip(np.ravel(figure.subplots(rows, 3, squeeze=False)), panels.items()):
             for label, points in lines.items():
@@ -173,7 +173,7 @@ def scaling(panels: Mapping[tuple[str, str, str], Mapping[str, Curve]], path: pa
             axes.set_ylabel(y)
             axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
             axes.set_axisbelow(True)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(-0.1, -0.2))
         for axes in figure.axes[len(panels) :]:
             axes.axis("off")
         return _save(figure, path)
