@@ -39,6 +39,7 @@ import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import figures
+from experiments.cli import one_line_errors
 from gramjax import linalg, losses
 from gramjax.scores import volume_scores
 from gramjax.streaming.nll import softmax_nll
@@ -415,19 +416,36 @@ def curves(rows: list[Row], options: Options) -> dict[tuple[str, str, str], dict
     return panels
 
 
-def main() -> None:
-    """Measure as the command line says."""
-    options = tyro.cli(Options, description=__doc__)
+def check(options: Options) -> None:
+    """Raises a ValueError that names an option which nothing could be measured with."""
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        least = {"modalities": 2, "sizes": 2}.get(field.name, 1)
+        if value == ():
+            raise ValueError(f"{name} must list at least one number.")
+        if not isinstance(value, Path) and min(jax.tree.leaves(value)) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def main(options: Options) -> None:
+    """Measures all; what is measured so far stays in a file beside the output if a later study fails."""
+    check(options)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.output.with_suffix(".partial.json")
     rows: list[Row] = []
+    record: Row = {"jax": jax.__version__, "rows": rows}
     # First what runs in processes of its own: an accelerator has one owner at a time.
     for study in (devices, memory, many_spectra, against_other_forms, against_the_floor, against_svd):
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"measuring: {study.__name__.replace('_', ' ')}", file=sys.stderr)
         rows += study(options)
-    print(f"value and gradient, {jax.devices()[0].device_kind}, jax {jax.__version__}\n\n{table(rows)}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record["device"] = jax.devices()[0].device_kind
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(options.output)
+    print(f"value and gradient, {record['device']}, jax {jax.__version__}\n\n{table(rows)}")
     figures.scaling(curves(rows, options), options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main(tyro.cli(Options, description=__doc__))

@@ -76,6 +76,8 @@ def check_embeddings(
         raise ValueError(
             f"embeddings must have at least {at_least} modalities ([batch, modality, dim]), got shape {z.shape}."
         )
+    if not z.shape[2]:
+        raise ValueError(f"embeddings must have at least one dimension ([batch, modality, dim]), got shape {z.shape}.")
     where = _checks.mask("where", where, z.shape[:2], "[batch, modality]")
     return jnp.where(where[..., None], z, 0.0), where
 

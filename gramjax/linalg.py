@@ -9,7 +9,8 @@ of `z` are the square roots of the eigenvalues of `G`. GRAM (arXiv 2412.11959, s
 How it is computed. `G` squares the condition number: in float32 the determinant of three unit vectors that differ by
 `1e-3` is wrong by a tenth. So volumes come from Gram-Schmidt with re-orthogonalisation, which writes
 `z_l = sum_j R_jl q_j` with orthonormal `q_j`: the volume is the product of the residual norms `R_ll`. Singular values
-are those of `R`, whose rows Jacobi rotations turn until they are orthogonal. No `d x d` factor ever exists.
+are those of such an `R` (without re-orthogonalisation, which they do not need), whose rows Jacobi rotations turn until
+they are orthogonal. No `d x d` factor ever exists.
 
 A vector is *dependent* when what Gram-Schmidt leaves of it is below `2 k eps` of its length, which is rounding noise:
 its direction is then taken as 0. Absent vectors (`where` False) are left out exactly: the volume and the spectrum are
@@ -28,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gramjax import _checks
-from gramjax._spectrum import spectrum, tolerance
+from gramjax import _checks, _spectrum
+from gramjax._spectrum import tolerance
 
 _AXES = ("...", "modality", "dim")
 
@@ -101,7 +102,7 @@ def triangular_factor(z: Float[Array, "*batch k d"]) -> Float[Array, "*batch k k
     Array([[2., 1.],
            [0., 1.]], dtype=float32)
     """
-    return _gram_schmidt(_checks.floating("z", z, _AXES)).triangle
+    return _gram_schmidt(_vectors(z)).triangle
 
 
 def volume(z: Float[Array, "*batch k d"], where: Bool[Array, "*batch k"] | None = None) -> Float[Array, "*batch"]:
@@ -170,7 +171,8 @@ def singular_values(
       `[..., k]`. With `n` vectors present the first `n` are their singular values and the rest are 0. For unit
       vectors their squares add up to `n`; full alignment is `(sqrt(n), 0, ...)` (PMRL, section 4.1). The derivative
       is `d sigma_i = u_i^T dz^T v_i`; at repeated values the singular vectors that the solver found are used (for the
-      largest value a valid subgradient), and a vanishing value has derivative 0.
+      largest value a valid subgradient). A value below `2 k eps` of the largest, which is rounding noise, is taken as
+      0, with derivative 0.
 
     Raises:
       TypeError: if `z` is not floating point or `where` not bool.
@@ -179,8 +181,7 @@ def singular_values(
     >>> singular_values(jnp.array([[3.0, 0.0], [0.0, 4.0]]))
     Array([4., 3.], dtype=float32)
     """
-    z, _ = _masked(z, where)
-    return spectrum(z)[0]
+    return spectrum(z, where)[0]
 
 
 def leading_direction(
@@ -207,8 +208,29 @@ def leading_direction(
     >>> [round(float(x), 6) for x in leading_direction(jnp.array([[0.0, 2.0], [0.0, 3.0]]))]
     [0.0, 1.0]
     """
-    z, _ = _masked(z, where)
-    return spectrum(z)[1]
+    return spectrum(z, where)[1]
+
+
+def spectrum(
+    z: Float[Array, "*batch k d"], where: Bool[Array, "*batch k"] | None = None
+) -> tuple[Float[Array, "*batch k"], Float[Array, "*batch d"]]:
+    """`(singular_values(z, where), leading_direction(z, where))` from one decomposition.
+
+    Args:
+      z: vectors, `[..., k, d]`.
+      where: which vectors are present, `[..., k]`; default all.
+
+    Returns:
+      `[..., k]` and `[..., d]`, as from those functions.
+
+    Raises:
+      TypeError: if `z` is not floating point or `where` not bool.
+      ValueError: if a shape does not fit.
+
+    >>> spectrum(jnp.array([[0.0, 3.0], [4.0, 0.0]]))
+    (Array([4., 3.], dtype=float32), Array([1., 0.], dtype=float32))
+    """
+    return _spectrum.spectrum(_masked(z, where)[0])
 
 
 def safe_norm(x: Float[Array, "*batch d"], keep: Bool[Array, "*batch"] | None = None) -> Float[Array, "*batch"]:
@@ -232,8 +254,15 @@ class _Factors(NamedTuple):
     triangle: Array  # [..., k, k], upper triangular
 
 
-def _masked(z, where) -> tuple[Array, Array]:
+def _vectors(z) -> Array:
     z = _checks.floating("z", z, _AXES)
+    if 0 in z.shape[-2:]:
+        raise ValueError(f"z must hold at least one vector of at least one dimension in a set, got shape {z.shape}.")
+    return z
+
+
+def _masked(z, where) -> tuple[Array, Array]:
+    z = _vectors(z)
     where = _checks.mask("where", where, z.shape[:-1], "[..., modality]")
     return jnp.where(where[..., None], z, 0.0), where
 

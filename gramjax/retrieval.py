@@ -139,7 +139,7 @@ def search(
     >>> search(build_index(jnp.eye(3)[:, None], score=Cosine()), jnp.array([[0.0, 0.6, 0.8]]), k=2)[1]
     Array([[2, 1]], dtype=int32)
     """
-    queries = _check_queries(index, queries)
+    queries, where = _check_queries(index, queries, where)
     return streamed.top_k_of(
         index.score, queries, (index.prepared, index.usable), k, query_where=where,
         load=_as_it_is, block_size=block_size, axis_name=axis_name, mesh=mesh,
@@ -182,7 +182,7 @@ def ranks(
     >>> float(metrics.recall_at_k(ranks(index, jnp.eye(3)), 1))
     1.0
     """
-    queries = _check_queries(index, queries)
+    queries, where = _check_queries(index, queries, where)
     return streamed.ranks_of(
         index.score, queries, (index.prepared, index.usable), query_ids=query_ids,
         gallery_ids=gallery_ids, query_where=where, load=_as_it_is, block_size=block_size, axis_name=axis_name,
@@ -349,7 +349,7 @@ def _score_from(description: Any) -> Score:
     return make(precision=None if precision is None else jax.lax.Precision[precision], **fields)
 
 
-def _check_queries(index: Index, queries) -> Array:
+def _check_queries(index: Index, queries, where) -> tuple[Array, Array | None]:
     if not isinstance(index, Index):
         raise TypeError(f"index must be one that build_index or load_index made, got {type(index).__name__}.")
     queries = _checks.as_array("queries", queries)
@@ -359,7 +359,9 @@ def _check_queries(index: Index, queries) -> Array:
         raise ValueError(
             f"queries must have vectors of {index.dim} entries like the items of the index, got shape {queries.shape}."
         )
-    return queries
+    if where is not None and queries.ndim > 1:
+        where = _checks.mask("where", where, queries.shape[:-1], "[Q]" if queries.ndim == 2 else "[Q, p]")
+    return queries, where
 
 
 @jax.jit(static_argnums=0)

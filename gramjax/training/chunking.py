@@ -75,6 +75,7 @@ def chunked_embed(
     rows = _rows(batch)
     chunks = -(-rows // _checks.size("chunk_size", chunk_size, or_none=False))
     size = -(-rows // chunks)
+    key = None if key is None else _checks.random_key("key", key)
     leaves, tree = jax.tree.flatten(params)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     dtypes = [leaf.dtype for leaf in leaves]

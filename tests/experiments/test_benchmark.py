@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 from experiments import benchmark
@@ -22,14 +22,18 @@ TOY = {
 }  # fmt: skip
 
 
+def _options(path, **others):
+    words = [word for name, values in (TOY | others).items() for word in (f"--{name}", *map(str, values))]
+    return tyro.cli(benchmark.Options, args=[*words, "--output", str(path)])
+
+
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_runs_from_end_to_end(processes, tmp_path, monkeypatch, capsys):
     if not processes:
         monkeypatch.setattr(benchmark, "_in_a_process", lambda function, *arguments, simulated=0: function(*arguments))
     path = tmp_path / "new" / "benchmark.json"
-    options = [word for name, values in TOY.items() for word in (f"--{name}", *map(str, values))]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *options, "--output", str(path)])
-    benchmark.main()
+    benchmark.main(_options(path))
+    assert sorted(x.name for x in path.parent.iterdir()) == ["benchmark.json", "benchmark.png"]
 
     rows = json.loads(path.read_text())["rows"]
     number = dict.fromkeys((row["study"] for row in rows), 0)
@@ -39,7 +43,7 @@ def test_runs_from_end_to_end(processes, tmp_path, monkeypatch, capsys):
         if "against" in row:
             np.testing.assert_allclose(row["ratio"], row["seconds_against"] / row["seconds"])
     assert number == {
-        "other forms": 2 + (importlib.util.find_spec("torch") is not None),
+        "other forms": 2 + 2 * (importlib.util.find_spec("torch") is not None),
         "floor": 2 + 1 + 1,
         "spectrum": 2,
         "many spectra": 1,
@@ -52,6 +56,38 @@ def test_runs_from_end_to_end(processes, tmp_path, monkeypatch, capsys):
     assert sum(line.startswith(tuple(f"| {study} |" for study in number)) for line in printed.splitlines()) == len(rows)
     with Image.open(path.with_suffix(".png")) as picture:
         assert np.asarray(picture.convert("L")).std() > 5
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"repeats": [0]}, "--repeats must be at least 1, got 0"),
+        ({"modalities": [1, 3]}, r"--modalities must be at least 2, got \(1, 3\)"),
+        ({"spectra": [6, 0, 8]}, r"--spectra must be at least 1, got \(\(6, 0, 8\),\)"),
+    ],
+)
+def test_options_are_refused_before_anything_is_measured(option, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        benchmark.main(_options(tmp_path / "new" / "b.json", **option))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="--devices must list at least one number"):
+        benchmark.check(benchmark.Options(devices=()))
+
+
+def test_what_is_measured_outlives_a_failure(tmp_path, monkeypatch):
+    path = tmp_path / "b.json"
+    path.write_text("before")
+
+    def fail(options):
+        raise MemoryError
+
+    monkeypatch.setattr(benchmark, "_in_a_process", lambda function, *arguments, simulated=0: function(*arguments))
+    monkeypatch.setattr(benchmark, "against_other_forms", fail)
+    with pytest.raises(MemoryError):
+        benchmark.main(_options(path))
+    assert path.read_text() == "before"
+    studies = {row["study"] for row in json.loads((tmp_path / "b.partial.json").read_text())["rows"]}
+    assert {"memory", "many spectra"} <= studies
 
 
 def test_memory_is_measured_up_to_what_fits(monkeypatch, capsys):
