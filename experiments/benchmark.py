@@ -9,8 +9,8 @@ and gradient, is compared with
   this run;
 - the same scores as one `[B, B]` matrix, differentiated by JAX;
 
-the plain form of the PMRL spectrum is `jnp.linalg.svd`, and its floor a copy of the vectors, which have a gradient of
-their own size. Memory is the peak of a process of its own; devices are
+the plain form of the PMRL spectrum is `jnp.linalg.svd`; a copy of the vectors, which have a gradient of their own size,
+is timed beside it. Memory is the peak of a process of its own; devices are
 simulated on the processors of this machine, so that they show what the ring costs and not what it gains. Prints
 markdown tables, writes all as JSON and draws it.
 
