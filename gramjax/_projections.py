@@ -1,12 +1,33 @@
 """Products with the vectors that span an item, and what they leave of a query, without a loss of digits or a NaN."""
 
+import abc
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from gramjax import linalg
+
+
+class ProductScore(abc.ABC):
+    """Base class of scores that follow, entry by entry, from matrix products of the queries with the items.
+
+    A gradient in tiles can keep the products, where they are small, in place of computing them again.
+    """
+
+    @abc.abstractmethod
+    def products(self, queries: Array, prepared: Any) -> Any:
+        """The products of every query with every item, a pytree of `[q, n]`."""
+
+    @abc.abstractmethod
+    def from_products(self, products: Any, queries: Array, prepared: Any) -> Array:
+        """The scores `[q, n]`, without a further matrix product."""
+
+    def tile(self, queries: Array, prepared: Any) -> Array:
+        """`[q, d]`, n prepared items -> `[q, n]`."""
+        return self.from_products(self.products(queries, prepared), queries, prepared)
 
 
 @jax.custom_jvp
@@ -42,6 +63,16 @@ def _residuals(queries: Array, basis: tuple[Array, ...]) -> tuple[Array, Array]:
 def products(queries: Array, items: Array, precision) -> Array:
     """Inner products, `[q, d], [n, d] -> [q, n]`."""
     return jax.lax.dot_general(queries, items, (((1,), (1,)), ((), ())), precision=precision)
+
+
+@jax.custom_jvp
+def known_as(computed: Array, value: Array) -> Array:
+    """`value`, which is that of `computed`: only the derivatives of `computed` are left for XLA to compute."""
+    del computed
+    return value
+
+
+known_as.defjvp(lambda primals, tangents: (known_as(*primals), tangents[0]))
 
 
 def safe_sqrt(squares: Array, size: Array) -> Array:

@@ -19,7 +19,7 @@ class Line(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Triangle:
+class Triangle(_projections.ProductScore):
     """Area of the triangle whose corners are the query and the two modalities of the item (TRIANGLE, NeurIPS 2025).
 
     The paper defines the area with a square root; its published code leaves the root out and returns
@@ -49,12 +49,16 @@ class Triangle:
         foot = first - jnp.sum(first * direction, axis=-1, keepdims=True) * direction
         return Line(direction, foot, length)
 
-    def tile(self, queries, prepared):
-        """`[q, d]`, lines -> `[q, n]`."""
+    def products(self, queries, prepared):
+        """Of the queries with foot and direction, two of `[q, n]`."""
+        return tuple(_projections.products(queries, x, self.precision) for x in (prepared.foot, prepared.direction))
+
+    def from_products(self, products, queries, prepared):
+        """The areas, `[q, n]`."""
         squares = jnp.sum(jnp.square(queries), axis=-1, keepdims=True)
         size = squares + jnp.sum(jnp.square(prepared.foot), axis=-1)[None, :]
-        distance = size - 2.0 * _projections.products(queries, prepared.foot, self.precision)
-        distance = distance - jnp.square(_projections.products(queries, prepared.direction, self.precision))
+        with_foot, with_direction = products
+        distance = size - 2.0 * with_foot - jnp.square(with_direction)
         if self.square_root:
             return 0.5 * prepared.length[None, :] * _projections.safe_sqrt(distance, size)
         return 0.5 * jnp.square(prepared.length)[None, :] * jnp.maximum(distance, 0.0)

@@ -3,6 +3,7 @@ r"""What is compared: scores between queries `[Q, d]` and items of `m` modalitie
 A score is a small hashable object without arrays. It knows how to `prepare` a gallery once, to score a `tile` of
 queries against prepared items by matrix products, and to score matched `pairs` accurately. How scores are reduced
 (softmax losses, ranks) is written once against this protocol, in `gramjax.streaming`; neither side knows the other.
+A score of one's own that follows entry by entry from matrix products does well to be a `ProductScore`, which gives `tile`.
 
 The volume without determinants of `Q x N` Gram matrices. The published code builds a `[Q, N, k, k]` tensor. But by
 Schur's complement, for a query `t_i` and the `m = k - 1` modalities `x_j` of item `j`,
@@ -37,6 +38,7 @@ from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _projections, linalg
 from gramjax._cone import Cone
+from gramjax._projections import ProductScore
 from gramjax._triangle import Triangle
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Cosine",
     "LeadingDirection",
     "Multilinear",
+    "ProductScore",
     "Residual",
     "Score",
     "SetScore",
@@ -108,7 +111,7 @@ class SetScore(Score, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _InnerProduct:
+class _InnerProduct(ProductScore):
     """Scores that are the inner product of the query with one vector `[n, d]` for each item."""
 
     precision: jax.lax.PrecisionLike = HIGHEST
@@ -118,9 +121,14 @@ class _InnerProduct:
         """Items with at least one modality."""
         return jnp.any(where, axis=-1)
 
-    def tile(self, queries, prepared):
+    def products(self, queries, prepared):
         """`[q, d], [n, d] -> [q, n]`."""
         return _projections.products(queries, prepared, self.precision)
+
+    def from_products(self, products, queries, prepared):
+        """The products as they are."""
+        del queries, prepared
+        return products
 
     def pairs(self, queries, prepared):
         """`[n, d], [n, d] -> [n]`."""
@@ -167,7 +175,7 @@ class Span(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Residual:
+class Residual(ProductScore):
     """Distance of the query from the span of the item's modalities: for unit queries the sine of their angle."""
 
     precision: jax.lax.PrecisionLike = HIGHEST
@@ -182,13 +190,14 @@ class Residual:
         basis = linalg.orthonormal_basis(gallery, where)
         return Span(tuple(basis[:, l] for l in range(gallery.shape[1])), linalg.volume(gallery, where))
 
-    def tile(self, queries, prepared):
-        """`sqrt(|t|^2 - sum_l (q_l . t)^2)`, `[q, n]`; one product for each modality, squared as it is accumulated."""
+    def products(self, queries, prepared):
+        """`q_l . t`, `m` of `[q, n]`: one product for each modality, so that each is squared as it is accumulated."""
+        return tuple(_projections.products(queries, direction, self.precision) for direction in prepared.basis)
+
+    def from_products(self, products, queries, prepared):
+        """`sqrt(|t|^2 - sum_l (q_l . t)^2)`, `[q, n]`."""
         lengths = jnp.sum(jnp.square(queries), axis=-1, keepdims=True)
-        projected = sum(
-            jnp.square(_projections.products(queries, direction, self.precision)) for direction in prepared.basis
-        )
-        return _projections.safe_sqrt(lengths - projected, lengths)
+        return _projections.safe_sqrt(lengths - sum(jnp.square(product) for product in products), lengths)
 
     def pairs(self, queries, prepared):
         """Norm of the residual vector itself: no digits are lost when the query lies close to the span."""
@@ -213,9 +222,9 @@ class Volume(Residual):
     See the module's introduction for what this score cannot do: compare items whose own volumes differ, and see signs.
     """
 
-    def tile(self, queries, prepared):
+    def from_products(self, products, queries, prepared):
         """`Vol(x_j) sqrt(r_ij)`, `[q, n]`."""
-        return super().tile(queries, prepared) * prepared.volume[None, :]
+        return super().from_products(products, queries, prepared) * prepared.volume[None, :]
 
     def pairs(self, queries, prepared):
         """`Vol(x_i)` times the norm of the residual vector."""

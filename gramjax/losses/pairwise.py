@@ -13,7 +13,7 @@ from gramjax._embeddings import check_embeddings
 from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Cosine
 from gramjax.streaming import contrastive_nll, sigmoid_nll
-from gramjax.streaming.nll import contrastive_terms, prepare
+from gramjax.streaming.nll import KEPT, contrastive_terms, prepare
 
 
 @over_mesh("a", "b", "where", "weights", "ids")
@@ -245,7 +245,7 @@ def _mean_over_pairs(
     terms = [
         contrastive_terms(
             score, z[:, a], where[:, a], items[b], scale=1.0 / temperature, label_smoothing=label_smoothing,
-            block_size=block_size, axis_name=axis_name,
+            block_size=block_size, axis_name=axis_name, kept=KEPT // len(pairs),
         )
         for a, b in pairs
     ]  # fmt: skip

@@ -10,8 +10,9 @@ negative for the items even if its own item is not usable. Two examples with the
 other's negatives. A gallery may be longer than the queries: the items beyond them match nothing and are negatives only.
 
 How it is computed. Small score matrices are built whole. Large ones never are: `block_size` rows and columns of them
-are computed at a time, in the gradient once more, so that memory grows with the batch and not with its square. Values
-and gradients agree to rounding. Losses computed in tiles have derivatives in reverse mode only, across devices
+are computed at a time, in the gradient once more, so that memory grows with the batch and not with its square. In
+between, on one device, up to 64 MiB of matrix products are kept for the gradient; with a `block_size` nothing is.
+Values and gradients agree to rounding. Losses computed in tiles have derivatives in reverse mode only, across devices
 the first; `block_size=None` with a small batch, on one device, has every derivative that JAX can take.
 
 Across devices. A loss is the loss of the whole batch, not the mean of losses of its parts, and its gradient is that:
@@ -52,6 +53,9 @@ from gramjax.streaming._statistics import LogSumExp, Partition, SoftplusSum, Sta
 _WHOLE = 512 * 512
 # Rows and columns of a tile: a few MB, which stay in a processor's cache.
 _TILE = (512, 512)
+# Bytes of matrix products that a loss keeps for its gradient unless `block_size` is given: those of three modalities
+# of 2,896 examples, of five modalities of 2,048.
+KEPT = 64 * 2**20
 
 
 @_devices.over_mesh("queries", "gallery", "query_where", "gallery_where", "weights", "ids")
@@ -136,14 +140,17 @@ def prepare(score: Score, gallery: Array, gallery_where: Array, ids, axis_name: 
 
 def contrastive_terms(
     score: Score, queries: Array, query_where: Array, items: Side, *, scale, label_smoothing=0.0, symmetric=True,
-    detach_candidates=False, block_size=None, axis_name=None,
+    detach_candidates=False, block_size=None, axis_name=None, kept=KEPT,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Loss of each example `[Q]` and which examples have one; the other arguments as for `contrastive_nll`."""
+    """Loss of each example `[Q]` and which examples have one; the other arguments as for `contrastive_nll`.
+
+    `kept` is the part of `KEPT` that this one of a loss's score matrices may have.
+    """
     scale = _checks.real_scalar("scale", scale, queries.dtype)
     label_smoothing = _checks.fraction("label_smoothing", label_smoothing)
     statistic = LogSumExp(sums=label_smoothing > 0)
     rows = _rows(queries, query_where, items)
-    plan = _plan(score, statistic, rows, items, symmetric, detach_candidates, block_size, axis_name)
+    plan = _plan(score, statistic, rows, items, symmetric, detach_candidates, block_size, axis_name, kept)
     reduced = reduce(plan, rows, items, Scalars(scale))
     losses = _softmax_losses(reduced.rows, scale * reduced.row_matches, label_smoothing)
     if symmetric:
@@ -261,8 +268,10 @@ def _rows(queries: Array, query_where: Array, items: Side) -> Side:
 
 def _plan(
     score: Score, statistic: Statistic, rows: Side, columns: Side, both: bool, detach_candidates: bool,
-    block_size: int | None, axis_name: _devices.AxisName | None,
+    block_size: int | None, axis_name: _devices.AxisName | None, kept: int = KEPT,
 ) -> Plan:  # fmt: skip
+    if block_size is not None or axis_name is not None:
+        kept = 0  # across devices they would grow with the number of these
     if block_size is not None:
         block_size = _checks.size("block_size", block_size)
         tile = (block_size, block_size)
@@ -270,4 +279,4 @@ def _plan(
         tile = None
     else:
         tile = _TILE
-    return Plan(score, statistic, both, detach_candidates, tile, axis_name)
+    return Plan(score, statistic, both, detach_candidates, tile, axis_name, kept)

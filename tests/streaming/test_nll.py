@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,102 @@ def test_more_items_than_are_prepared_and_matched_at_a_time(score, detach, x64, 
         monkeypatch.setattr(module, "ITEMS", 7)
     again = jax.jit(functools.partial(_value_and_gradients.__wrapped__, score=score, block_size=5, detach=detach))
     _assert_close(again(batch, 10.0), whole, 1e-12)
+
+
+PRODUCT_SCORES = (
+    scores.Cosine(), scores.LeadingDirection(), scores.Multilinear(), scores.Residual(), scores.Volume(),
+    scores.Triangle(), scores.Cone(),
+)  # fmt: skip
+
+
+@pytest.fixture
+def always_tiled(monkeypatch):
+    """Tiles of 5 x 7 of every batch, chosen by the loss itself, which then may keep their products."""
+    monkeypatch.setattr(nll, "_WHOLE", 0)
+    monkeypatch.setattr(nll, "_TILE", (5, 7))
+
+
+def _chosen(score, detach=False):
+    """Compiled anew, with what the fixture has set."""
+    return jax.jit(functools.partial(_value_and_gradients.__wrapped__, score=score, block_size=None, detach=detach))
+
+
+@pytest.mark.usefixtures("always_tiled")
+@pytest.mark.parametrize("score", PRODUCT_SCORES, ids=repr)
+@pytest.mark.parametrize("items", [24, 31])
+def test_kept_products_change_nothing(score, items, x64):
+    batch = _batch(items=items)
+    scale = 10.0 if score.higher_is_better else -10.0
+    tiled = _value_and_gradients(batch, scale, score, 5)
+    _assert_close(_chosen(score)(batch, scale), tiled, 1e-12)
+
+
+@pytest.mark.usefixtures("always_tiled")
+def test_kept_products_with_detached_candidates(x64):
+    batch = _batch()
+    tiled = _value_and_gradients(batch, -10.0, scores.Volume(), 5, detach=True)
+    _assert_close(_chosen(scores.Volume(), detach=True)(batch, -10.0), tiled, 1e-12)
+
+
+@pytest.mark.usefixtures("always_tiled")
+def test_kept_products_under_vmap():
+    batch = _cast(_batch(m=1), jnp.float32)
+    loss = functools.partial(contrastive_nll, scores.Cosine(), scale=5.0)
+    pair = jnp.stack([batch["queries"], batch["queries"][::-1]])
+    mapped = jax.jit(jax.vmap(jax.value_and_grad(loss), (0, None)))(pair, batch["gallery"])
+    single = [jax.jit(jax.value_and_grad(loss))(queries, batch["gallery"]) for queries in pair]
+    _assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *single), 1e-6)
+
+
+def test_second_derivatives_in_tiles(x64, monkeypatch):
+    """The other losses are in `tests/losses/test_tiles_and_devices.py`."""
+    score, batch, moved = scores.Volume(), _batch(), jnp.asarray(np.random.default_rng(1).normal(size=(24, 8)))
+
+    def product(block_size):
+        """Of the second derivatives, queries with gallery and scale, with a vector."""
+
+        def along(queries, gallery, scale):
+            loss = functools.partial(contrastive_nll, score, block_size=block_size)
+            return jnp.vdot(moved, jax.grad(lambda queries: loss(queries, gallery, scale=scale))(queries))
+
+        return jax.jit(jax.grad(along, (0, 1, 2)))(batch["queries"], batch["gallery"], -10.0)
+
+    whole = product(None)
+    _assert_close(product(5), whole, 1e-11)
+    monkeypatch.setattr(nll, "_WHOLE", 0)
+    monkeypatch.setattr(nll, "_TILE", (5, 7))
+    _assert_close(product(None), whole, 1e-11)
+
+
+@pytest.mark.parametrize(("block_size", "products"), [(None, 3), (10, 4)])
+def test_kept_products_are_not_computed_again(block_size, products, monkeypatch):
+    monkeypatch.setattr(nll, "_WHOLE", 0)
+    monkeypatch.setattr(nll, "_TILE", (10, 10))
+    z = jnp.zeros((30, 3, 8))
+
+    def loss(z):
+        return contrastive_nll(scores.Volume(), z[:, 0], z[:, 1:], scale=-10.0, block_size=block_size)
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(z).compile().as_text()
+    tiles = re.findall(r"= f32\[10,(?:10|8)\]\S* (?:dot|custom-call)\(", compiled)
+    assert len(tiles) == 2 * products
+
+
+def _kept_bytes(loss, batch, k):
+    pull = jax.eval_shape(lambda z: jax.vjp(loss, z)[1], jax.ShapeDtypeStruct((batch, k, 8), jnp.float32))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+
+
+@pytest.mark.parametrize(
+    ("loss", "k", "most"),
+    [(losses.gram_loss, 5, 2048), (losses.gram_loss, 3, 2560), (losses.pairwise_infonce_loss, 3, 2048)],
+)
+def test_products_are_kept_up_to_a_limit(loss, k, most):
+    few = _kept_bytes(functools.partial(loss, block_size=512), most, k)
+    kept = _kept_bytes(loss, most, k) - few
+    assert 4 * (k - 1) * most**2 <= kept + few <= nll.KEPT + few
+    assert kept > nll.KEPT / 2
+    assert _kept_bytes(loss, most + 1024, k) < 2 * few
 
 
 def _softmax(logits, axis):
