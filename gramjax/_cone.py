@@ -33,7 +33,7 @@ class Generators(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cone:
+class Cone(_projections.ProductScore):
     r"""Cosine between the query and the nearest direction of the convex cone of the item's modalities.
 
         S(t, x) = max { t . c : c = sum_l a_l x_l / |x_l|,  a_l >= 0,  |c| = 1 }
@@ -73,10 +73,14 @@ class Cone:
         faces = _faces(jax.lax.stop_gradient(unit), present)
         return Generators(tuple(unit[:, l] for l in range(m)), tuple(present[:, l] for l in range(m)), gram, faces)
 
-    def tile(self, queries, prepared):
-        """`[q, d]`, n items -> `[q, n]`: one matrix product for each modality."""
-        products = (_projections.products(queries, x, self.precision) for x in prepared.directions)
-        return _nearest(tuple(products), *jax.tree.map(lambda x: x[None], prepared[1:]))
+    def products(self, queries, prepared):
+        """One matrix product for each modality, `m` of `[q, n]`."""
+        return tuple(_projections.products(queries, x, self.precision) for x in prepared.directions)
+
+    def from_products(self, products, queries, prepared):
+        """The scores, `[q, n]`."""
+        del queries
+        return _nearest(products, *jax.tree.map(lambda x: x[None], prepared[1:]))
 
     def pairs(self, queries, prepared):
         """`[n, d]`, n items -> `[n]`."""
@@ -110,15 +114,15 @@ def _faces(unit: Array, present: Array) -> Faces:
 @jax.custom_jvp
 def _nearest(products: tuple[Array, ...], present: tuple[Array, ...], gram: Array, faces: Faces) -> Array:
     """The score from the products of queries and directions, all `[..., n]`; `gram` is for the derivative alone."""
-    return _solve(products, present, faces)[0]
+    return _solve(products, present, gram, faces)[0]
 
 
 @_nearest.defjvp
 def _nearest_jvp(primals, tangents):
     """`dS = sum_l a_l d(t . x_l) - S/2 sum_lm a_l a_m d(x_l . x_m)`."""
-    products, present, _, faces = primals
+    products, present, gram, faces = primals
     moved, _, turned, _ = tangents
-    score, weights = _solve(products, present, faces)
+    score, weights = _solve(products, present, gram, faces)
     m = len(products)
     change = functools.reduce(jnp.add, [weight * tangent for weight, tangent in zip(weights, moved)])
     for l in range(m):
@@ -127,7 +131,7 @@ def _nearest_jvp(primals, tangents):
     return score, change
 
 
-def _solve(products: tuple[Array, ...], present: tuple[Array, ...], faces: Faces):
+def _solve(products: tuple[Array, ...], present: tuple[Array, ...], gram: Array, faces: Faces):
     """The score, and the weights of the generators in the nearest unit direction."""
     m = len(products)
     score = functools.reduce(jnp.maximum, [jnp.where(there, c, -jnp.inf) for there, c in zip(present, products)])
@@ -147,8 +151,20 @@ def _solve(products: tuple[Array, ...], present: tuple[Array, ...], faces: Faces
         return (jnp.where(better, length, score), weights), None
 
     # The faces of two or three generators are written out; of more, a loop keeps code and working memory small.
-    each = (jnp.moveaxis(faces.triangles, -3, 0), jnp.moveaxis(faces.valid, -1, 0), jnp.asarray(_members(m)))
-    return jax.lax.scan(try_face, (score, weights), each, unroll=m <= 3)[0]
+    triangles = _factors(gram, faces.triangles, faces.valid)
+    each = (jnp.moveaxis(triangles, -3, 0), jnp.moveaxis(faces.valid, -1, 0), jnp.asarray(_members(m)))
+    return _with_derivatives(products, *jax.lax.scan(try_face, (score, weights), each, unroll=m <= 3)[0])
+
+
+def _with_derivatives(products: tuple[Array, ...], score: Array, weights: list[Array]):
+    """The loop over faces scales by constant lengths: on a face, these are theirs from here, for second derivatives."""
+    on_face = sum((weight > 0).astype(jnp.int32) for weight in weights) > 1
+    length = jax.lax.stop_gradient(score)
+    squares = length * sum(weight * c for weight, c in zip(weights, products))
+    computed = jnp.sqrt(jnp.where(on_face & (squares > 0), squares, 1.0))
+    scale = _projections.known_as(jnp.where(on_face, length / computed, 1.0), jnp.ones_like(score))
+    score = _projections.known_as(jnp.where(on_face, computed, score), score)
+    return score, [weight * scale for weight in weights]
 
 
 def _project(products: tuple[Array, ...], triangle: Array, valid: Array, member: Array):
@@ -164,4 +180,27 @@ def _project(products: tuple[Array, ...], triangle: Array, valid: Array, member:
         rest = along[l] - sum(triangle[..., l, j] * coefficients[j] for j in range(l + 1, m))
         coefficients[l] = rest * inverse[l]
     inside = functools.reduce(jnp.logical_and, [(c > 0) | ~there for c, there in zip(coefficients, member)], valid)
-    return jnp.sqrt(sum(jnp.square(y) for y in along)), inside, coefficients
+    return jax.lax.stop_gradient(jnp.sqrt(sum(jnp.square(y) for y in along))), inside, coefficients
+
+
+@jax.custom_jvp
+def _factors(gram: Array, triangles: Array, valid: Array) -> Array:
+    """The triangles, as the factors of what faces have of the Gram matrix: for second derivatives."""
+    del gram, valid
+    return triangles
+
+
+@_factors.defjvp
+def _factors_jvp(primals, tangents):
+    """`dR = Phi(R^-T dG R^-1) R`, where `Phi` takes the upper triangle with half of the diagonal."""
+    (_, _, valid), (turned, *_) = primals, tangents
+    factors = _factors(*primals)
+    m = factors.shape[-1]
+    members = jnp.broadcast_to(_members(m), (*valid.shape, m)) & valid[..., None]
+    inside = members[..., :, None] & members[..., None, :]
+    one = jnp.broadcast_to(jnp.eye(m, dtype=factors.dtype), factors.shape)
+    filled, turned = jnp.where(inside, factors, one), jnp.where(inside, turned[..., None, :, :], 0.0)
+    solve = functools.partial(jax.lax.linalg.triangular_solve, filled)
+    turned = solve(solve(turned, left_side=True, transpose_a=True), left_side=False)
+    change = jnp.einsum("...ij,...jk->...ik", jnp.triu(turned) * (1.0 - 0.5 * one), filled, precision="highest")
+    return factors, change

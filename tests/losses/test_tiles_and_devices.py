@@ -193,6 +193,31 @@ def test_every_loss_in_tiles_in_double_precision(name, x64):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * np.abs(y).max())
 
 
+@pytest.mark.parametrize(
+    ("name", "block_size"),
+    [(name, None) for name in EVERY_LOSS]
+    + [pytest.param(name, 5, marks=pytest.mark.slow) for name in EVERY_LOSS if name != "alignment"],
+)
+def test_second_derivatives(name, block_size, x64):
+    """Of embeddings with embeddings and with the temperature, against differences of gradients."""
+    batch = _batch(dtype=np.float64)
+    # In one orthant no leading direction is orthogonal to the sum, where its sign changes.
+    z, turn = jnp.abs(batch["z"]), jnp.asarray(np.random.default_rng(1).normal(size=batch["z"].shape))
+
+    def gradient(z, temperature, block_size=None):
+        return jax.grad(lambda z: _loss(name, {**batch, "z": z}, temperature, block_size=block_size))(z)
+
+    def along(z, temperature):
+        return jnp.vdot(turn, gradient(z, temperature, block_size))
+
+    step, central = 1e-5, jax.jit(gradient)
+    of_z, of_temperature = jax.jit(jax.grad(along, (0, 1)))(z, 0.2)
+    expected = (central(z + step * turn, 0.2) - central(z - step * turn, 0.2)) / (2 * step)
+    np.testing.assert_allclose(of_z, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    expected = jnp.vdot(turn, central(z, 0.2 + step) - central(z, 0.2 - step)) / (2 * step)
+    np.testing.assert_allclose(of_temperature, expected, rtol=1e-6)
+
+
 def test_unreduced_losses_are_those_of_the_devices_own_examples():
     """And their mean, taken outside, has the right gradient even where nothing is tracked."""
     batch = _batch()
