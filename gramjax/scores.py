@@ -3,7 +3,7 @@ r"""What is compared: scores between queries `[Q, d]` and items of `m` modalitie
 A score is a small hashable object without arrays. It knows how to `prepare` a gallery once, to score a `tile` of
 queries against prepared items by matrix products, and to score matched `pairs` accurately. How scores are reduced
 (softmax losses, ranks) is written once against this protocol, in `gramjax.streaming`; neither side knows the other.
-A score of one's own that follows entry by entry from matrix products does well to be a `ProductScore`, which gives `tile`.
+A score of one's own that is made of matrix products may derive from `ProductScore`, for a faster gradient.
 
 The volume without determinants of `Q x N` Gram matrices. The published code builds a `[Q, N, k, k]` tensor. But by
 Schur's complement, for a query `t_i` and the `m = k - 1` modalities `x_j` of item `j`,
