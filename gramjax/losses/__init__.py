@@ -11,7 +11,7 @@ from a dictionary), and `where` `[batch, modality]`: which are present. The opti
 - `reduction`: `"mean"`, `"sum"`, or `None` for the weighted loss of each example, 0 where it has none.
 - `block_size`: rows and columns of the batch-by-batch score matrix that are computed at a time. None takes the whole
   matrix of a small batch, and tiles of a large one: memory then grows with the batch, not with its square. (In between,
-  on one device, up to 64 MiB of matrix products are kept for the gradient; with a `block_size` nothing is.) Values and
+  on one device, up to 256 MiB of matrix products are kept for the gradient; with a `block_size` nothing is.) Values and
   gradients agree to rounding. Tiles have derivatives in reverse mode only, across devices the first; the whole matrix
   of a small batch on one device has every derivative.
 - `axis_name`: the batch is divided over devices along this axis of a mesh. Inside `jax.shard_map` each device passes

@@ -200,13 +200,12 @@ def _kept_bytes(loss, batch, k):
 
 @pytest.mark.parametrize(
     ("loss", "k", "most"),
-    [(losses.gram_loss, 5, 2048), (losses.gram_loss, 3, 2560), (losses.pairwise_infonce_loss, 3, 2048)],
+    [(losses.gram_loss, 5, 4096), (losses.gram_loss, 3, 5120), (losses.pairwise_infonce_loss, 3, 4608)],
 )
 def test_products_are_kept_up_to_a_limit(loss, k, most):
     few = _kept_bytes(functools.partial(loss, block_size=512), most, k)
     kept = _kept_bytes(loss, most, k) - few
-    assert 4 * (k - 1) * most**2 <= kept + few <= nll.KEPT + few
-    assert kept > nll.KEPT / 2
+    assert nll.KEPT / 2 < kept <= nll.KEPT
     assert _kept_bytes(loss, most + 1024, k) < 2 * few
 
 
@@ -368,7 +367,7 @@ def test_large_batches_are_tiled_by_default_and_small_ones_whole(loss):
         return max(np.prod(shape) for shape in shapes)
 
     assert largest(200) >= 200**2
-    assert largest(8192) <= 8192**2 / 100
+    assert largest(16384) <= 16384**2 / 100
 
 
 def test_what_the_gradient_keeps_grows_with_the_batch_and_not_its_square():
