@@ -157,7 +157,10 @@ def _solve(products: tuple[Array, ...], present: tuple[Array, ...], gram: Array,
 
 
 def _with_derivatives(products: tuple[Array, ...], score: Array, weights: list[Array]):
-    """The loop over faces scales by constant lengths: on a face, these are theirs from here, for second derivatives."""
+    """The same values, on a face with the derivatives of its length, for those of the weights: second derivatives.
+
+    The loop over faces takes the length for a constant, because it computes it in a way that loses no digits.
+    """
     on_face = sum((weight > 0).astype(jnp.int32) for weight in weights) > 1
     length = jax.lax.stop_gradient(score)
     squares = length * sum(weight * c for weight, c in zip(weights, products))

@@ -14,7 +14,16 @@ from gramjax import linalg
 class ProductScore(abc.ABC):
     """Base class of scores that follow, entry by entry, from matrix products of the queries with the items.
 
-    A gradient in tiles can keep the products, where they are small, in place of computing them again.
+    It gives the `tile` of the protocol. The gradient of a loss can then keep the products in place of computing them
+    again; of a class with a `tile` of its own it does not.
+
+    >>> class Projection(ProductScore):  # on the item's only modality; with the rest of the protocol it is a score
+    ...     def products(self, queries, prepared):
+    ...         return queries @ prepared.T
+    ...     def from_products(self, products, queries, prepared):
+    ...         return products / jnp.linalg.norm(prepared, axis=-1)[None, :]
+    >>> Projection().tile(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0]]))
+    Array([[4.]], dtype=float32)
     """
 
     @abc.abstractmethod

@@ -180,7 +180,7 @@ def _forward(plan, keep, rows, columns, scalars):
 
 def _room(plan, rows, columns):
     """For the products of all tiles, `[tiles, rows, columns]` each; None if they are not to be kept."""
-    if not plan.kept or not isinstance(plan.score, ProductScore):
+    if not plan.kept or not isinstance(plan.score, ProductScore) or type(plan.score).tile is not ProductScore.tile:
         return None
     (n, m), (down, across) = _grid(plan, rows, columns)
     shapes = jax.eval_shape(plan.score.products, *(_first(x.vectors, size) for x, size in ((rows, n), (columns, m))))

@@ -54,7 +54,7 @@ _WHOLE = 512 * 512
 # Rows and columns of a tile: a few MB, which stay in a processor's cache.
 _TILE = (512, 512)
 # Bytes of matrix products that a loss keeps for its gradient unless `block_size` is given: those of five modalities of
-# 4,096 examples. It takes a sixth off its time, here and beyond.
+# 4,096 examples. It takes a seventh off its time, here and beyond.
 KEPT = 256 * 2**20
 
 

@@ -142,6 +142,23 @@ def test_kept_products_change_nothing(score, items, x64):
     _assert_close(_chosen(score)(batch, scale), tiled, 1e-12)
 
 
+class _Doubled(scores.Volume):
+    """A score that changes the tile of another, which products know nothing of."""
+
+    def tile(self, queries, prepared):
+        return 2.0 * super().tile(queries, prepared)
+
+    def pairs(self, queries, prepared):
+        return 2.0 * super().pairs(queries, prepared)
+
+
+@pytest.mark.usefixtures("always_tiled")
+def test_a_tile_of_ones_own_is_used(x64):
+    batch = _batch()
+    expected, *_ = _chosen(scores.Volume())(batch, -20.0)
+    _assert_close(_chosen(_Doubled())(batch, -10.0)[0], expected, 1e-12)
+
+
 @pytest.mark.usefixtures("always_tiled")
 def test_kept_products_with_detached_candidates(x64):
     batch = _batch()
