@@ -214,7 +214,7 @@ def against_other_forms(options: Options) -> list[Row]:
 
 
 def against_the_floor(options: Options) -> list[Row]:
-    """Against the matrix products that the loss cannot do without; over batch sizes, modalities and dimensions."""
+    """Against the matrix products of a loss that holds nothing; over batch sizes, modalities and dimensions."""
     largest = max(options.batch_sizes)
     shapes = [(batch, k, options.dim) for k in options.modalities for batch in options.large_batch_sizes]
     shapes += [(largest, k, options.dim) for k in options.sizes]

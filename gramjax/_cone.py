@@ -48,6 +48,7 @@ class Cone(_projections.ProductScore):
     The maximum is taken over the faces of the cone in closed form: there the coefficients are those of the projection
     onto the span of the face's generators, and it counts if all are positive. At the maximum `a` the derivative is
     `dS = sum_l a_l (t - S c) . dx_l + c . dt` (the envelope theorem), and no solve is differentiated.
+    Higher derivatives have rules, too; but inside of `jax.lax.map` and `scan` jax 0.10 loses those, and they are wrong.
     """
 
     precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST

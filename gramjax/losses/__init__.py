@@ -10,10 +10,10 @@ from a dictionary), and `where` `[batch, modality]`: which are present. The opti
 - `ids` `[batch]`: examples with equal ids are never each other's negatives.
 - `reduction`: `"mean"`, `"sum"`, or `None` for the weighted loss of each example, 0 where it has none.
 - `block_size`: rows and columns of the batch-by-batch score matrix that are computed at a time. None takes the whole
-  matrix of a small batch, and tiles of a large one: memory then grows with the batch, not with its square. (In between,
-  on one device, up to 256 MiB of matrix products are kept for the gradient; with a `block_size` nothing is.) Values and
-  gradients agree to rounding. Tiles have derivatives in reverse mode only, across devices the first; the whole matrix
-  of a small batch on one device has every derivative.
+  matrix of a small batch, and tiles of a large one: memory then grows with the batch, not with its square. (If all
+  matrix products of a loss take at most 256 MiB, they are kept for its gradient, which is faster; with a `block_size`
+  or across devices never.) Values and gradients agree to rounding. Tiles have derivatives in reverse mode only, across
+  devices the first; the whole matrix of a small batch on one device has every derivative.
 - `axis_name`: the batch is divided over devices along this axis of a mesh. Inside `jax.shard_map` each device passes
   its own examples and gets the loss of the whole batch and the gradient of that; with `mesh` besides, the loss takes
   global arrays under plain `jit`. `gramjax.streaming.nll` tells how gradients are taken in each case.

@@ -135,7 +135,7 @@ def _negatives(rows: Side, columns: Side, fresh=(None, None)) -> tuple[Array, Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _streamed(plan: Plan, keep: bool, rows: Side, columns: Side, scalars: Scalars) -> Any:
-    """`Reduced`; and what is kept for the gradient, which is no function of the inputs to whoever differentiates."""
+    """`Reduced`, and with `keep` what the gradient needs of the tiles."""
     score: Any = plan.score
 
     def visit(state, columns, by_column):
@@ -187,14 +187,14 @@ def _room(plan, rows, columns):
     if down * across * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) > plan.kept:
         return None
     axes = _devices.varying((rows, columns))
-    return jax.tree.map(lambda x: _devices.vary_over(jax.lax.empty((down * across, *x.shape), x.dtype), axes), shapes)
+    return jax.tree.map(lambda x: _devices.vary_over(jnp.zeros((down * across, *x.shape), x.dtype), axes), shapes)
 
 
 def _backward(plan, keep, residuals, cotangents):
-    del keep
     rows, columns, scalars, by_row, by_column, kept = residuals
-    cotangents, _ = cotangents
+    cotangents, of_kept = cotangents
     of_row, of_column, *_ = cotangents
+    score: Any = plan.score
 
     def visit(state, visitor, gradients):
         columns, by_column, of_column = visitor
@@ -219,6 +219,10 @@ def _backward(plan, keep, residuals, cotangents):
                 scale = jax.tree.map(jnp.add, along_rows, along_columns)
             else:
                 queries, prepared, scale = pull(by_rows + by_columns)
+            if keep and kept is not None:  # higher derivatives: loops of jax 0.10 take them of `value` in `known_as`
+                _, pull = jax.vjp(score.products, here.vectors, there.vectors)
+                more = pull(jax.tree.map(lambda x: x[0], _tiles.cut(of_kept, index, 1)))
+                queries, prepared = jax.tree.map(jnp.add, *map(_tiles.of_reals, ((queries, prepared), more)))
             return (
                 _tiles.add(row_gradients, queries, row, n), jax.tree.map(jnp.add, scalar_gradients, scale),
             ), _tiles.add(column_gradients, prepared, column, m)  # fmt: skip

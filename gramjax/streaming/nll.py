@@ -10,10 +10,11 @@ negative for the items even if its own item is not usable. Two examples with the
 other's negatives. A gallery may be longer than the queries: the items beyond them match nothing and are negatives only.
 
 How it is computed. Small score matrices are built whole. Large ones never are: `block_size` rows and columns of them
-are computed at a time, in the gradient once more, so that memory grows with the batch and not with its square. In
-between, on one device, up to 256 MiB of matrix products are kept for the gradient; with a `block_size` nothing is.
-Values and gradients agree to rounding. Losses computed in tiles have derivatives in reverse mode only, across devices
-the first; `block_size=None` with a small batch, on one device, has every derivative that JAX can take.
+are computed at a time, in the gradient once more, so that memory grows with the batch and not with its square. If all
+matrix products of a loss take at most 256 MiB, they are kept for its gradient, which is faster; with a `block_size` or
+across devices never. Values and gradients agree to rounding. Losses computed in tiles have derivatives in reverse mode
+only, across devices the first; `block_size=None` with a small batch, on one device, has every derivative that JAX can
+take.
 
 Across devices. A loss is the loss of the whole batch, not the mean of losses of its parts, and its gradient is that:
 
@@ -54,7 +55,7 @@ _WHOLE = 512 * 512
 # Rows and columns of a tile: a few MB, which stay in a processor's cache.
 _TILE = (512, 512)
 # Bytes of matrix products that a loss keeps for its gradient unless `block_size` is given: those of five modalities of
-# 4,096 examples. It takes a seventh off its time, here and beyond.
+# 4,096 examples.
 KEPT = 256 * 2**20
 
 

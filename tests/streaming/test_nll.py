@@ -176,24 +176,62 @@ def test_kept_products_under_vmap():
     _assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *single), 1e-6)
 
 
-def test_second_derivatives_in_tiles(x64, monkeypatch):
-    """The other losses are in `tests/losses/test_tiles_and_devices.py`."""
-    score, batch, moved = scores.Volume(), _batch(), jnp.asarray(np.random.default_rng(1).normal(size=(24, 8)))
+@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_higher_derivatives_in_tiles(order, x64, monkeypatch):
+    """Of a score that is not linear in its products; the losses are in `tests/losses/test_tiles_and_devices.py`."""
+    score, batch = scores.Volume(), _batch()
+    rng = np.random.default_rng(1)
+    directions = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), batch) for _ in range(order - 1)]
 
-    def product(block_size):
-        """Of the second derivatives, queries with gallery and scale, with a vector."""
+    def derivatives(block_size):
+        def function(queries, gallery, scale):
+            return contrastive_nll(score, queries, gallery, scale=scale, block_size=block_size)
 
-        def along(queries, gallery, scale):
-            loss = functools.partial(contrastive_nll, score, block_size=block_size)
-            return jnp.vdot(moved, jax.grad(lambda queries: loss(queries, gallery, scale=scale))(queries))
+        for along in directions:
+            function = functools.partial(
+                lambda inner, along, queries, gallery, scale: sum(
+                    jnp.vdot(along[name], gradient)
+                    for name, gradient in zip(
+                        ("queries", "gallery"), jax.grad(inner, (0, 1))(queries, gallery, scale), strict=True
+                    )
+                ),
+                function,
+                along,
+            )
+        return jax.jit(jax.grad(function, (0, 1, 2)))(batch["queries"], batch["gallery"], -10.0)
 
-        return jax.jit(jax.grad(along, (0, 1, 2)))(batch["queries"], batch["gallery"], -10.0)
-
-    whole = product(None)
-    _assert_close(product(5), whole, 1e-11)
+    whole = derivatives(None)
+    _assert_close(derivatives(5), whole, 1e-11)
     monkeypatch.setattr(nll, "_WHOLE", 0)
     monkeypatch.setattr(nll, "_TILE", (5, 7))
-    _assert_close(product(None), whole, 1e-11)
+    _assert_close(derivatives(None), whole, 1e-11)
+
+
+@pytest.mark.usefixtures("always_tiled")
+def test_kept_products_of_arrays_that_are_the_same_on_an_explicit_mesh():
+    batch = _cast(_batch(m=1), jnp.float32)
+
+    def gradient():
+        # Traced anew under each mesh.
+        return jax.jit(jax.grad(lambda queries, gallery: contrastive_nll(scores.Cosine(), queries, gallery, scale=5.0)))
+
+    expected = gradient()(batch["queries"], batch["gallery"])
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put((batch["queries"], batch["gallery"]), NamedSharding(mesh, PartitionSpec()))
+        _assert_close(gradient()(*inputs), expected, 1e-6)
+
+
+@pytest.mark.usefixtures("always_tiled")
+def test_products_are_kept_on_one_device_only():
+    def tiles(**options):
+        gradient = jax.grad(functools.partial(losses.gram_loss, **options))
+        shapes = jaxprs.shapes(gradient, jax.ShapeDtypeStruct((60, 3, 8), jnp.float32))
+        return [shape for shape in shapes if len(shape) == 3 and shape[1:] == (5, 7) and shape[0] > 1]
+
+    assert tiles()
+    assert not tiles(mesh=jax.make_mesh((4,), ("rows",)))
+    assert not tiles(block_size=7)
 
 
 @pytest.mark.parametrize(("block_size", "products"), [(None, 3), (10, 4)])
