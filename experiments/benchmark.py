@@ -39,7 +39,7 @@ import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import figures
-from experiments.cli import one_line_errors
+from experiments.cli import interrupts_end_at_once, one_line_errors
 from gramjax import linalg, losses
 from gramjax.scores import volume_scores
 from gramjax.streaming.nll import softmax_nll
@@ -447,5 +447,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with interrupts_end_at_once("interrupted: what was measured is in the .partial.json"), one_line_errors():
         main(tyro.cli(Options, description=__doc__))

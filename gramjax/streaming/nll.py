@@ -12,9 +12,9 @@ other's negatives. A gallery may be longer than the queries: the items beyond th
 How it is computed. Small score matrices are built whole. Large ones never are: `block_size` rows and columns of them
 are computed at a time, in the gradient once more, so that memory grows with the batch and not with its square. If all
 matrix products of a loss take at most 256 MiB, they are kept for its gradient, which is faster; with a `block_size` or
-across devices never. Values and gradients agree to rounding. Losses computed in tiles have derivatives in reverse mode
-only, across devices the first; `block_size=None` with a small batch, on one device, has every derivative that JAX can
-take.
+across devices never. (In a sum every loss has as much to itself, under `vmap` every lane.) Values and gradients agree
+to rounding. Losses computed in tiles have derivatives in reverse mode only, across devices the first;
+`block_size=None` with a small batch, on one device, has every derivative that JAX can take.
 
 Across devices. A loss is the loss of the whole batch, not the mean of losses of its parts, and its gradient is that:
 
@@ -52,7 +52,7 @@ from gramjax.streaming._statistics import LogSumExp, Partition, SoftplusSum, Sta
 
 # Up to this many entries the whole score matrix is built unless `block_size` says otherwise.
 _WHOLE = 512 * 512
-# Rows and columns of a tile: a few MB, which stay in a processor's cache.
+# Most rows and columns of a tile: a few MB, which stay in a processor's cache.
 _TILE = (512, 512)
 # Bytes of matrix products that a loss keeps for its gradient unless `block_size` is given: those of five modalities of
 # 4,096 examples.
@@ -279,5 +279,11 @@ def _plan(
     elif axis_name is None and rows.ids.shape[0] * columns.ids.shape[0] <= _WHOLE:
         tile = None
     else:
-        tile = _TILE
+        tile = (_even(rows.ids.shape[0], _TILE[0]), _even(columns.ids.shape[0], _TILE[1]))
     return Plan(score, statistic, both, detach_candidates, tile, axis_name, kept)
+
+
+def _even(items: int, most: int) -> int:
+    """Size of the tiles that share the items evenly: the last one overlaps another, and would do that work again."""
+    share = -(-items // max(1, -(-items // most)))
+    return min(most, -(-share // 32) * 32)

@@ -198,7 +198,9 @@ def test_random_key():
 @pytest.mark.parametrize("nll", [contrastive_nll, functools.partial(sigmoid_nll, bias=0.0)])
 def test_scores_and_scales(nll):
     a = jnp.eye(3)
-    for score, got in ((scores.Volume, "the class Volume"), ("volume", "str")):
+    unfinished = type("Mine", (), {"higher_is_better": True, "prepare": None, "tile": None})()
+    lacks = "Mine, which lacks usable, pairs"
+    for score, got in ((scores.Volume, "the class Volume"), ("volume", "str"), (unfinished, lacks)):
         with pytest.raises(TypeError, match=rf"score must be a score object, such as .*, got {got}"):
             nll(score, a, a[:, None], scale=1.0)
     with pytest.raises(ValueError, match=r"scale must be finite in float32, got nan"):

@@ -222,6 +222,15 @@ def test_kept_products_of_arrays_that_are_the_same_on_an_explicit_mesh():
         _assert_close(gradient()(*inputs), expected, 1e-6)
 
 
+@given(items=st.integers(1, 20000), most=st.sampled_from([5, 256, 512]))
+def test_tiles_share_the_items_evenly(items, most):
+    size = nll._even(items, most)
+    number = -(-items // size)
+    assert size <= most
+    assert number == -(-items // most)
+    assert number * size - items < 32 * number
+
+
 @pytest.mark.usefixtures("always_tiled")
 def test_products_are_kept_on_one_device_only():
     def tiles(**options):
