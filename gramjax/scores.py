@@ -483,9 +483,8 @@ def check_score(score: Any) -> None:
     """Raises unless `score` is a score object."""
     if isinstance(score, type) or not isinstance(score, Score):
         kind = score.__name__ if isinstance(score, type) else type(score).__name__
-        lacking = [
-            name for name in ("higher_is_better", "usable", "prepare", "tile", "pairs") if not hasattr(score, name)
-        ]
+        members = ("higher_is_better", "usable", "prepare", "tile", "pairs")
+        lacking = [name for name in members if getattr(score, name, None) is None]
         hint = f"the class {kind}" if isinstance(score, type) else f"{kind}, which lacks {', '.join(lacking)}"
         raise TypeError(f"score must be a score object, such as gramjax.scores.Volume(), got {hint}.")
 

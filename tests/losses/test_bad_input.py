@@ -198,7 +198,7 @@ def test_random_key():
 @pytest.mark.parametrize("nll", [contrastive_nll, functools.partial(sigmoid_nll, bias=0.0)])
 def test_scores_and_scales(nll):
     a = jnp.eye(3)
-    unfinished = type("Mine", (), {"higher_is_better": True, "prepare": None, "tile": None})()
+    unfinished = type("Mine", (), {"higher_is_better": True, "prepare": max, "tile": max})()
     lacks = "Mine, which lacks usable, pairs"
     for score, got in ((scores.Volume, "the class Volume"), ("volume", "str"), (unfinished, lacks)):
         with pytest.raises(TypeError, match=rf"score must be a score object, such as .*, got {got}"):
