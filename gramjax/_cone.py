@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from gramjax import _projections, linalg
+from gramjax._score import ProductScore
 
 # Faces of the cone grow as 2^m, and every one of them is a few operations on a whole tile.
 MOST = 6
@@ -33,7 +34,7 @@ class Generators(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cone(_projections.ProductScore):
+class Cone(ProductScore):
     r"""Cosine between the query and the nearest direction of the convex cone of the item's modalities.
 
         S(t, x) = max { t . c : c = sum_l a_l x_l / |x_l|,  a_l >= 0,  |c| = 1 }
@@ -62,10 +63,7 @@ class Cone(_projections.ProductScore):
         """Unit directions, and the triangles of all their combinations."""
         _, m, _ = gallery.shape
         if m > MOST:
-            raise ValueError(
-                f"A cone has at most {MOST} modalities beside the query, got a gallery of shape {gallery.shape} "
-                "([batch, modality, dim])."
-            )
+            raise ValueError(f"A cone has at most {MOST} modalities beside the query, got {m}.")
         x = jnp.where(where[..., None], gallery, 0.0)
         length = linalg.safe_norm(x)
         present = where & ~(length == 0)  # a length that is not a number is there, and shows

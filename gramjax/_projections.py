@@ -1,42 +1,12 @@
 """Products with the vectors that span an item, and what they leave of a query, without a loss of digits or a NaN."""
 
-import abc
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from gramjax import linalg
-
-
-class ProductScore(abc.ABC):
-    """Base class of scores that follow, entry by entry, from matrix products of the queries with the items.
-
-    It gives the `tile` of the protocol. The gradient of a loss can then keep the products in place of computing them
-    again; of a class with a `tile` of its own it does not.
-
-    >>> class Projection(ProductScore):  # on the item's only modality; with the rest of the protocol it is a score
-    ...     def products(self, queries, prepared):
-    ...         return queries @ prepared.T
-    ...     def from_products(self, products, queries, prepared):
-    ...         return products / jnp.linalg.norm(prepared, axis=-1)[None, :]
-    >>> Projection().tile(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0]]))
-    Array([[4.]], dtype=float32)
-    """
-
-    @abc.abstractmethod
-    def products(self, queries: Array, prepared: Any) -> Any:
-        """The products of every query with every item, a pytree of `[q, n]`."""
-
-    @abc.abstractmethod
-    def from_products(self, products: Any, queries: Array, prepared: Any) -> Array:
-        """The scores `[q, n]`, without a further matrix product."""
-
-    def tile(self, queries: Array, prepared: Any) -> Array:
-        """`[q, d]`, n prepared items -> `[q, n]`."""
-        return self.from_products(self.products(queries, prepared), queries, prepared)
 
 
 @jax.custom_jvp

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gramjax import _projections, linalg
+from gramjax._score import ProductScore
 
 
 class Line(NamedTuple):
@@ -19,7 +20,7 @@ class Line(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Triangle(_projections.ProductScore):
+class Triangle(ProductScore):
     """Area of the triangle whose corners are the query and the two modalities of the item (TRIANGLE, NeurIPS 2025).
 
     The paper defines the area with a square root; its published code leaves the root out and returns
@@ -38,8 +39,7 @@ class Triangle(_projections.ProductScore):
         """The line through the two modalities: the area is half its length times the distance of the query from it."""
         if gallery.shape[1] != 2:
             raise ValueError(
-                "A triangle needs items of exactly 2 modalities beside the query (3 in all), got a gallery of shape "
-                f"{gallery.shape} ([batch, modality, dim])."
+                f"A triangle needs items of exactly 2 modalities beside the query (3 in all), got {gallery.shape[1]}."
             )
         first = gallery[:, 0]
         edge = gallery[:, 1] - first

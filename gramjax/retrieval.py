@@ -43,7 +43,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from gramjax import _checks, _devices, scores
-from gramjax.scores import Score, Volume, check_score
+from gramjax._score import Score, check_results, check_score
+from gramjax.scores import Volume
 from gramjax.streaming import search as streamed
 
 _FORMAT = "gramjax index 1"
@@ -99,6 +100,7 @@ def build_index(
             f"gallery must hold at least one item of one modality, got shape {gallery.shape} ([items, modality, dim])."
         )
     check_score(score)
+    check_results(score, gallery.shape[2:], gallery.shape, gallery.dtype)
     where = _checks.mask("where", where, gallery.shape[:2], "[items, modality]")
     prepared, usable = _prepare(score, jnp.where(where[..., None], gallery, 0.0), where)
     return Index(prepared, usable, score, *gallery.shape[1:])
@@ -139,10 +141,10 @@ def search(
     >>> search(build_index(jnp.eye(3)[:, None], score=Cosine()), jnp.array([[0.0, 0.6, 0.8]]), k=2)[1]
     Array([[2, 1]], dtype=int32)
     """
-    queries, where = _check_queries(index, queries, where)
+    rows = _check_queries(index, queries, where)
     return streamed.top_k_of(
-        index.score, queries, (index.prepared, index.usable), k, query_where=where,
-        load=_as_it_is, block_size=block_size, axis_name=axis_name, mesh=mesh,
+        index.score, rows, (index.prepared, index.usable), k, load=_as_it_is, block_size=block_size,
+        axis_name=axis_name, mesh=mesh,
     )  # fmt: skip
 
 
@@ -182,11 +184,10 @@ def ranks(
     >>> float(metrics.recall_at_k(ranks(index, jnp.eye(3)), 1))
     1.0
     """
-    queries, where = _check_queries(index, queries, where)
+    rows = _check_queries(index, queries, where)
     return streamed.ranks_of(
-        index.score, queries, (index.prepared, index.usable), query_ids=query_ids,
-        gallery_ids=gallery_ids, query_where=where, load=_as_it_is, block_size=block_size, axis_name=axis_name,
-        mesh=mesh,
+        index.score, rows, (index.prepared, index.usable), query_ids=query_ids, gallery_ids=gallery_ids,
+        load=_as_it_is, block_size=block_size, axis_name=axis_name, mesh=mesh,
     )  # fmt: skip
 
 
@@ -349,7 +350,7 @@ def _score_from(description: Any) -> Score:
     return make(precision=None if precision is None else jax.lax.Precision[precision], **fields)
 
 
-def _check_queries(index: Index, queries, where) -> tuple[Array, Array | None]:
+def _check_queries(index: Index, queries, where) -> tuple[Array, Array]:
     if not isinstance(index, Index):
         raise TypeError(f"index must be one that build_index or load_index made, got {type(index).__name__}.")
     queries = _checks.as_array("queries", queries)
@@ -361,7 +362,9 @@ def _check_queries(index: Index, queries, where) -> tuple[Array, Array | None]:
         )
     if where is not None and queries.ndim > 1:
         where = _checks.mask("where", where, queries.shape[:-1], "[Q]" if queries.ndim == 2 else "[Q, p]")
-    return queries, where
+    rows = streamed.check_queries(index.score, queries, where)
+    check_results(index.score, rows[0].shape[1:], (len(index), index.modalities, index.dim), rows[0].dtype)
+    return rows
 
 
 @jax.jit(static_argnums=0)

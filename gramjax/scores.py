@@ -30,15 +30,15 @@ from aligned, and for `Cosine`, lower precision is a fair trade for speed.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gramjax import _checks, _projections, linalg
+from gramjax import _projections, linalg
 from gramjax._cone import Cone
-from gramjax._projections import ProductScore
+from gramjax._score import ProductScore, Score, SetScore, check_inputs
 from gramjax._triangle import Triangle
 
 __all__ = [
@@ -64,50 +64,6 @@ __all__ = [
 ]
 
 HIGHEST = jax.lax.Precision.HIGHEST
-
-
-@runtime_checkable
-class Score(Protocol):
-    """How well queries match items.
-
-    `prepare` returns a pytree whose arrays all have the items as leading axis; derivatives go through those of a
-    floating-point dtype.
-    """
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger score is a better match."""
-        ...
-
-    def usable(self, where: Bool[Array, "items modality"]) -> Bool[Array, " items"]:
-        """Which items have what the score needs."""
-        ...
-
-    def prepare(self, gallery: Float[Array, "items modality dim"], where: Bool[Array, "items modality"]) -> Any:
-        """What the score needs to know of each item."""
-        ...
-
-    def tile(self, queries: Float[Array, "queries dim"], prepared: Any) -> Float[Array, "queries items"]:
-        """Scores of every query with every item."""
-        ...
-
-    def pairs(self, queries: Float[Array, "items dim"], prepared: Any) -> Float[Array, " items"]:
-        """Scores of query `i` with item `i`, accurate also where `tile` loses digits to cancellation."""
-        ...
-
-
-@runtime_checkable
-class SetScore(Score, Protocol):
-    """A score whose queries may have several modalities themselves (text and sound, looking for a video)."""
-
-    def tile_sets(
-        self,
-        queries: Float[Array, "queries modality dim"],
-        where: Bool[Array, "queries modality"],
-        prepared: Any,
-    ) -> Float[Array, "queries items"]:
-        """Scores of every query with every item; absent modalities of a query are 0 and count for nothing."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,32 +429,9 @@ def score_matrix(
     >>> score_matrix(Residual(), jnp.array([[0.6, 0.8]]), jnp.array([[[1.0, 0.0]]])).shape
     (1, 1)
     """
-    check_score(score)
-    queries, gallery, where = check_inputs(queries, gallery, gallery_where)
+    queries, gallery, where = check_inputs(score, queries, gallery, gallery_where)
     scores = score.tile(queries, score.prepare(gallery, where))
     return jnp.where(score.usable(where)[None, :], scores, -jnp.inf if score.higher_is_better else jnp.inf)
-
-
-def check_score(score: Any) -> None:
-    """Raises unless `score` is a score object."""
-    if isinstance(score, type) or not isinstance(score, Score):
-        kind = score.__name__ if isinstance(score, type) else type(score).__name__
-        members = ("higher_is_better", "usable", "prepare", "tile", "pairs")
-        lacking = [name for name in members if getattr(score, name, None) is None]
-        hint = f"the class {kind}" if isinstance(score, type) else f"{kind}, which lacks {', '.join(lacking)}"
-        raise TypeError(f"score must be a score object, such as gramjax.scores.Volume(), got {hint}.")
-
-
-def check_inputs(queries, gallery, gallery_where) -> tuple[Array, Array, Array]:
-    """Queries, gallery and mask with shapes and dtypes checked and brought to one floating dtype."""
-    queries = _checks.floating("queries", queries, ("queries", "dim"))
-    gallery = _checks.floating("gallery", gallery, ("items", "modality", "dim"))
-    _checks.same_dim("queries", queries, "gallery", gallery)
-    where = _checks.mask("gallery_where", gallery_where, gallery.shape[:2], "[items, modality]")
-    dtype = max(queries.dtype, gallery.dtype, key=lambda dtype: dtype.itemsize)
-    # What is absent must not reach a score: its value may be anything, NaN included.
-    gallery = jnp.where(where[..., None], gallery, 0.0)
-    return queries.astype(dtype), gallery.astype(dtype), where
 
 
 def _mean_of_present(vectors: Array, where: Array) -> Array:

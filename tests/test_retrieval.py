@@ -138,6 +138,12 @@ class Counted(scores.Cosine):
     def prepare(self, gallery, where):
         return jnp.sum(where, axis=1), super().prepare(gallery, where)
 
+    def products(self, queries, prepared):
+        return super().products(queries, prepared[1])
+
+    def pairs(self, queries, prepared):
+        return super().pairs(queries, prepared[1])
+
 
 def test_what_is_prepared_need_not_begin_with_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "Counted", Counted, raising=False)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from gramjax import _devices
 from gramjax._projections import known_as
-from gramjax.scores import ProductScore, Score
+from gramjax._score import Score, gives_products
 from gramjax.streaming import _tiles
 from gramjax.streaming._statistics import Statistic
 
@@ -180,7 +180,7 @@ def _forward(plan, keep, rows, columns, scalars):
 
 def _room(plan, rows, columns):
     """For the products of all tiles, `[tiles, rows, columns]` each; None if they are not to be kept."""
-    if not plan.kept or not isinstance(plan.score, ProductScore) or type(plan.score).tile is not ProductScore.tile:
+    if not plan.kept or not gives_products(plan.score):
         return None
     (n, m), (down, across) = _grid(plan, rows, columns)
     shapes = jax.eval_shape(plan.score.products, *(_first(x.vectors, size) for x, size in ((rows, n), (columns, m))))

@@ -20,6 +20,12 @@ def number(items: int, size: int) -> int:
     return -(-items // size)
 
 
+def even(items: int, most: int) -> int:
+    """Size of the tiles that share the items evenly: the last one overlaps another, and would do that work again."""
+    share = -(-items // max(1, -(-items // most)))
+    return min(items, most, -(-share // 32) * 32)
+
+
 def window(index: Int[Array, ""], items: int, size: int) -> tuple[Int[Array, ""], Bool[Array, " size"] | None]:
     """Where a tile starts, and which of its items no tile before it had (None: all)."""
     nominal = index * size

@@ -45,7 +45,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks, _devices, _reduction
-from gramjax.scores import Score, check_inputs, check_score
+from gramjax._score import Score, check_inputs
 from gramjax.streaming import _tiles
 from gramjax.streaming._engine import ITEMS, Plan, Scalars, Side, reduce
 from gramjax.streaming._statistics import LogSumExp, Partition, SoftplusSum, Statistic
@@ -250,8 +250,7 @@ def sigmoid_nll(
 
 
 def _check_pairs(score, queries, gallery, query_where, gallery_where, axis_name) -> tuple[Array, Array, Array, Array]:
-    check_score(score)
-    queries, gallery, gallery_where = check_inputs(queries, gallery, gallery_where)
+    queries, gallery, gallery_where = check_inputs(score, queries, gallery, gallery_where)
     if queries.shape[0] > gallery.shape[0]:
         raise ValueError(
             "queries and gallery must hold matched pairs, item i for query i, and no query without an item; "
@@ -279,11 +278,5 @@ def _plan(
     elif axis_name is None and rows.ids.shape[0] * columns.ids.shape[0] <= _WHOLE:
         tile = None
     else:
-        tile = (_even(rows.ids.shape[0], _TILE[0]), _even(columns.ids.shape[0], _TILE[1]))
+        tile = (_tiles.even(rows.ids.shape[0], _TILE[0]), _tiles.even(columns.ids.shape[0], _TILE[1]))
     return Plan(score, statistic, both, detach_candidates, tile, axis_name, kept)
-
-
-def _even(items: int, most: int) -> int:
-    """Size of the tiles that share the items evenly: the last one overlaps another, and would do that work again."""
-    share = -(-items // max(1, -(-items // most)))
-    return min(most, -(-share // 32) * 32)

@@ -100,4 +100,4 @@ def _tile_shape(rows: int, columns: int, block_size: int | None) -> tuple[int, i
     """Rows and columns of a tile: on CPU it should stay in the cache, elsewhere keep the device busy."""
     most_rows, most_columns = (1024, 4096) if jax.default_backend() == "cpu" else (4096, 16384)
     blocks_of_rows = -(-rows // most_rows)
-    return -(-rows // blocks_of_rows), min(columns, block_size or most_columns)
+    return -(-rows // blocks_of_rows), min(columns, block_size) if block_size else _tiles.even(columns, most_columns)

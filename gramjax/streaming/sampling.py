@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gramjax import _checks, _devices
-from gramjax.scores import Score, check_inputs, check_score
+from gramjax._score import Score, check_inputs
 from gramjax.streaming import _tiles, rowwise
 
 _GROUP = 64
@@ -84,8 +84,7 @@ def sample_hard_negatives(
     >>> negatives[:2]  # the third is orthogonal
     Array([1, 0], dtype=int32)
     """
-    check_score(score)
-    queries, gallery, where = check_inputs(queries, gallery, gallery_where)
+    queries, gallery, where = check_inputs(score, queries, gallery, gallery_where)
     batch = queries.shape[0]
     if gallery.shape[0] != batch:
         raise ValueError(

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gramjax import _checks, _devices
-from gramjax.scores import Score, SetScore, check_score
+from gramjax._score import Score, SetScore, check_results, check_score
 from gramjax.streaming import rowwise
 
 
@@ -65,11 +65,8 @@ def streamed_top_k(
     >>> streamed_top_k(Volume(), jnp.array([[1.0, 0.0]]), gallery, 2)[1]
     Array([[1, 2]], dtype=int32)
     """
-    queries, items = _one_dtype(queries, gallery, gallery_where)
-    return top_k_of(
-        score, queries, items, k, query_where=query_where, load=_prepare, block_size=block_size, axis_name=axis_name,
-        mesh=mesh,
-    )  # fmt: skip
+    rows, items = _check(score, queries, gallery, query_where, gallery_where)
+    return top_k_of(score, rows, items, k, load=_prepare, block_size=block_size, axis_name=axis_name, mesh=mesh)
 
 
 def streamed_ranks(
@@ -116,26 +113,26 @@ def streamed_ranks(
     >>> streamed_ranks(Cosine(), jnp.array([[1.0, 0.0], [0.8, 0.6]]), jnp.eye(2)[:, None])
     Array([0, 1], dtype=int32)
     """
-    queries, items = _one_dtype(queries, gallery, gallery_where)
+    rows, items = _check(score, queries, gallery, query_where, gallery_where)
     return ranks_of(
-        score, queries, items, query_ids=query_ids, gallery_ids=gallery_ids, query_where=query_where, load=_prepare,
-        block_size=block_size, axis_name=axis_name, mesh=mesh,
+        score, rows, items, query_ids=query_ids, gallery_ids=gallery_ids, load=_prepare, block_size=block_size,
+        axis_name=axis_name, mesh=mesh,
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same for items in any form: a pytree whose arrays have the items as leading axis, and a function that makes
-# `(prepared, usable)` of a tile of them. `gramjax.retrieval` keeps items that are prepared already.
+# The same for queries that `check_queries` has seen and items in any form: a pytree whose arrays have the items as
+# leading axis, and a function that makes `(prepared, usable)` of a tile of them. `gramjax.retrieval` keeps items that
+# are prepared already.
 
+Rows = tuple[Array, Array]
 Load = Callable[[Score, Any, Any], tuple[Any, Array]]
 
 
 def top_k_of(
-    score: Score, queries, items: Any, k: int, *, query_where=None, load: Load, block_size=None, axis_name=None,
-    mesh=None,
-) -> tuple[Array, Array]:  # fmt: skip
+    score: Score, rows: Rows, items: Any, k: int, *, load: Load, block_size=None, axis_name=None, mesh=None
+) -> tuple[Array, Array]:
     """`streamed_top_k` for items in any form."""
-    rows = _check_queries(score, queries, query_where)
     place = _place(items, block_size, axis_name, mesh)
     k = _checks.integer("k", k)
     if not 1 <= k <= place.total:
@@ -144,11 +141,10 @@ def top_k_of(
 
 
 def ranks_of(
-    score: Score, queries, items: Any, *, query_ids=None, gallery_ids=None, query_where=None, load: Load,
-    block_size=None, axis_name=None, mesh=None,
+    score: Score, rows: Rows, items: Any, *, query_ids=None, gallery_ids=None, load: Load, block_size=None,
+    axis_name=None, mesh=None,
 ) -> Array:  # fmt: skip
     """`streamed_ranks` for items in any form."""
-    rows = _check_queries(score, queries, query_where)
     place = _place(items, block_size, axis_name, mesh)
     size = _leading(items)
     query_ids = _check_ids("query_ids", query_ids, rows[0].shape[0], "queries")
@@ -290,7 +286,7 @@ def _leading(tree: Any) -> int:
 # Checks
 
 
-def _one_dtype(queries, gallery, gallery_where) -> tuple[Array, tuple[Array, Array]]:
+def _check(score, queries, gallery, query_where, gallery_where) -> tuple[Rows, tuple[Array, Array]]:
     queries, gallery = jnp.asarray(queries), jnp.asarray(gallery)
     if not jnp.issubdtype(gallery.dtype, jnp.floating):
         raise TypeError(f"gallery must have a floating-point dtype, got {gallery.dtype} of shape {gallery.shape}.")
@@ -300,10 +296,13 @@ def _one_dtype(queries, gallery, gallery_where) -> tuple[Array, tuple[Array, Arr
     where = _checks.mask("gallery_where", gallery_where, gallery.shape[:2], "[items, modality]")
     # The gallery is widened tile by tile.
     wider = jnp.issubdtype(queries.dtype, jnp.floating) and gallery.dtype.itemsize > queries.dtype.itemsize
-    return (queries.astype(gallery.dtype) if wider else queries), (gallery, where)
+    rows = check_queries(score, queries.astype(gallery.dtype) if wider else queries, query_where)
+    check_results(score, rows[0].shape[1:], gallery.shape, rows[0].dtype)
+    return rows, (gallery, where)
 
 
-def _check_queries(score, queries, query_where) -> tuple[Array, Array]:
+def check_queries(score: Score, queries, query_where) -> Rows:
+    """Queries, 0 where absent, and their mask, once they and the score have been checked."""
     check_score(score)
     sets = jnp.ndim(queries) == 3
     axes = ("queries", "query_modality", "dim") if sets else ("queries", "dim")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gramjax import losses, scores
 from gramjax.streaming import _engine, contrastive_nll, nll, sigmoid_nll
 from tests import jaxprs, reference
-
-
-def _batch(queries=24, items=24, m=2, d=8, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "queries": jnp.asarray(reference.unit(rng, queries, d)),
-        "gallery": jnp.asarray(reference.unit(rng, items, m, d)),
-        "query_where": jnp.asarray(rng.random(queries) < 0.8),
-        "gallery_where": jnp.asarray(rng.random((items, m)) < 0.7),
-        "weights": jnp.asarray(rng.random(queries)),
-        "ids": jnp.asarray(rng.integers(0, 2 * items, items)),
-    }
+from tests.streaming.batches import assert_close, cast, random_batch, value_and_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,53 +38,27 @@ class _Distance:
         return -jnp.max(jnp.where(prepared["where"], squares, 0.0), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("score", "block_size", "detach"))
-def _value_and_gradients(batch, scale, score, block_size, detach=False):
-    def loss(queries, gallery, scale):
-        both = {**batch, "queries": queries, "gallery": gallery}
-        losses = contrastive_nll(
-            score, **both, scale=scale, label_smoothing=0.1, detach_candidates=detach, block_size=block_size,
-            reduction=None,
-        )  # fmt: skip
-        return jnp.mean(losses), losses
-
-    (_, losses), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
-        batch["queries"], batch["gallery"], scale
-    )
-    return losses, *gradients
-
-
-def _assert_close(results, expected, tolerance):
-    """To rounding, relative to the largest entry."""
-    for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1e-30))
-
-
-def _cast(tree, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
 @pytest.mark.parametrize("score", [scores.Volume(), scores.Triangle()], ids=repr)
 def test_tiles_equal_the_whole_matrix(score, x64):
-    batch = _batch()
+    batch = random_batch()
     scale = 10.0 if score.higher_is_better else -10.0
-    whole = _value_and_gradients(batch, scale, score, None)
-    _assert_close(_value_and_gradients(batch, scale, score, 5), whole, 1e-12)
+    whole = value_and_gradients(batch, scale, score, None)
+    assert_close(value_and_gradients(batch, scale, score, 5), whole, 1e-12)
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 8, 23, 24, 1000])
 def test_values_do_not_depend_on_the_block_size(block_size):
-    batch = _cast(_batch(m=1), jnp.float32)
-    whole = _value_and_gradients(batch, 10.0, scores.Cosine(), None)
-    _assert_close(_value_and_gradients(batch, 10.0, scores.Cosine(), block_size), whole, 2e-6)
+    batch = cast(random_batch(m=1), jnp.float32)
+    whole = value_and_gradients(batch, 10.0, scores.Cosine(), None)
+    assert_close(value_and_gradients(batch, 10.0, scores.Cosine(), block_size), whole, 2e-6)
 
 
 def test_detached_candidates_in_tiles(x64):
-    batch = _batch(m=1)
-    whole = _value_and_gradients(batch, 10.0, scores.Cosine(), None, detach=True)
-    tiled = _value_and_gradients(batch, 10.0, scores.Cosine(), 5, detach=True)
-    _assert_close(tiled, whole, 1e-12)
-    exact = _value_and_gradients(batch, 10.0, scores.Cosine(), 5)
+    batch = random_batch(m=1)
+    whole = value_and_gradients(batch, 10.0, scores.Cosine(), None, detach=True)
+    tiled = value_and_gradients(batch, 10.0, scores.Cosine(), 5, detach=True)
+    assert_close(tiled, whole, 1e-12)
+    exact = value_and_gradients(batch, 10.0, scores.Cosine(), 5)
     np.testing.assert_allclose(tiled[0], exact[0])
     np.testing.assert_allclose(tiled[3], exact[3])  # The gradient of the scale is the same.
     assert not np.allclose(tiled[1], exact[1])
@@ -106,171 +68,12 @@ def test_detached_candidates_in_tiles(x64):
     ("score", "detach"), [(scores.Volume(), False), (_Distance(), False), (scores.Cosine(), True)], ids=str
 )
 def test_more_items_than_are_prepared_and_matched_at_a_time(score, detach, x64, monkeypatch):
-    batch = _batch(m=1 if detach else 2)
-    whole = _value_and_gradients(batch, 10.0, score, None, detach=detach)
+    batch = random_batch(m=1 if detach else 2)
+    whole = value_and_gradients(batch, 10.0, score, None, detach=detach)
     for module in (_engine, nll):
         monkeypatch.setattr(module, "ITEMS", 7)
-    again = jax.jit(functools.partial(_value_and_gradients.__wrapped__, score=score, block_size=5, detach=detach))
-    _assert_close(again(batch, 10.0), whole, 1e-12)
-
-
-PRODUCT_SCORES = (
-    scores.Cosine(), scores.LeadingDirection(), scores.Multilinear(), scores.Residual(), scores.Volume(),
-    scores.Triangle(), scores.Cone(),
-)  # fmt: skip
-
-
-@pytest.fixture
-def always_tiled(monkeypatch):
-    """Tiles of 5 x 7 of every batch, chosen by the loss itself, which then may keep their products."""
-    monkeypatch.setattr(nll, "_WHOLE", 0)
-    monkeypatch.setattr(nll, "_TILE", (5, 7))
-
-
-def _chosen(score, detach=False):
-    """Compiled anew, with what the fixture has set."""
-    return jax.jit(functools.partial(_value_and_gradients.__wrapped__, score=score, block_size=None, detach=detach))
-
-
-@pytest.mark.usefixtures("always_tiled")
-@pytest.mark.parametrize("score", PRODUCT_SCORES, ids=repr)
-@pytest.mark.parametrize("items", [24, 31])
-def test_kept_products_change_nothing(score, items, x64):
-    batch = _batch(items=items)
-    scale = 10.0 if score.higher_is_better else -10.0
-    tiled = _value_and_gradients(batch, scale, score, 5)
-    _assert_close(_chosen(score)(batch, scale), tiled, 1e-12)
-
-
-class _Doubled(scores.Volume):
-    """A score that changes the tile of another, which products know nothing of."""
-
-    def tile(self, queries, prepared):
-        return 2.0 * super().tile(queries, prepared)
-
-    def pairs(self, queries, prepared):
-        return 2.0 * super().pairs(queries, prepared)
-
-
-@pytest.mark.usefixtures("always_tiled")
-def test_a_tile_of_ones_own_is_used(x64):
-    batch = _batch()
-    expected, *_ = _chosen(scores.Volume())(batch, -20.0)
-    _assert_close(_chosen(_Doubled())(batch, -10.0)[0], expected, 1e-12)
-
-
-@pytest.mark.usefixtures("always_tiled")
-def test_kept_products_with_detached_candidates(x64):
-    batch = _batch()
-    tiled = _value_and_gradients(batch, -10.0, scores.Volume(), 5, detach=True)
-    _assert_close(_chosen(scores.Volume(), detach=True)(batch, -10.0), tiled, 1e-12)
-
-
-@pytest.mark.usefixtures("always_tiled")
-def test_kept_products_under_vmap():
-    batch = _cast(_batch(m=1), jnp.float32)
-    loss = functools.partial(contrastive_nll, scores.Cosine(), scale=5.0)
-    pair = jnp.stack([batch["queries"], batch["queries"][::-1]])
-    mapped = jax.jit(jax.vmap(jax.value_and_grad(loss), (0, None)))(pair, batch["gallery"])
-    single = [jax.jit(jax.value_and_grad(loss))(queries, batch["gallery"]) for queries in pair]
-    _assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *single), 1e-6)
-
-
-@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_higher_derivatives_in_tiles(order, x64, monkeypatch):
-    """Of a score that is not linear in its products; the losses are in `tests/losses/test_tiles_and_devices.py`."""
-    score, batch = scores.Volume(), _batch()
-    rng = np.random.default_rng(1)
-    directions = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), batch) for _ in range(order - 1)]
-
-    def derivatives(block_size):
-        def function(queries, gallery, scale):
-            return contrastive_nll(score, queries, gallery, scale=scale, block_size=block_size)
-
-        for along in directions:
-            function = functools.partial(
-                lambda inner, along, queries, gallery, scale: sum(
-                    jnp.vdot(along[name], gradient)
-                    for name, gradient in zip(
-                        ("queries", "gallery"), jax.grad(inner, (0, 1))(queries, gallery, scale), strict=True
-                    )
-                ),
-                function,
-                along,
-            )
-        return jax.jit(jax.grad(function, (0, 1, 2)))(batch["queries"], batch["gallery"], -10.0)
-
-    whole = derivatives(None)
-    _assert_close(derivatives(5), whole, 1e-11)
-    monkeypatch.setattr(nll, "_WHOLE", 0)
-    monkeypatch.setattr(nll, "_TILE", (5, 7))
-    _assert_close(derivatives(None), whole, 1e-11)
-
-
-@pytest.mark.usefixtures("always_tiled")
-def test_kept_products_of_arrays_that_are_the_same_on_an_explicit_mesh():
-    batch = _cast(_batch(m=1), jnp.float32)
-
-    def gradient():
-        # Traced anew under each mesh.
-        return jax.jit(jax.grad(lambda queries, gallery: contrastive_nll(scores.Cosine(), queries, gallery, scale=5.0)))
-
-    expected = gradient()(batch["queries"], batch["gallery"])
-    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        inputs = jax.device_put((batch["queries"], batch["gallery"]), NamedSharding(mesh, PartitionSpec()))
-        _assert_close(gradient()(*inputs), expected, 1e-6)
-
-
-@given(items=st.integers(1, 20000), most=st.sampled_from([5, 256, 512]))
-def test_tiles_share_the_items_evenly(items, most):
-    size = nll._even(items, most)
-    number = -(-items // size)
-    assert size <= most
-    assert number == -(-items // most)
-    assert number * size - items < 32 * number
-
-
-@pytest.mark.usefixtures("always_tiled")
-def test_products_are_kept_on_one_device_only():
-    def tiles(**options):
-        gradient = jax.grad(functools.partial(losses.gram_loss, **options))
-        shapes = jaxprs.shapes(gradient, jax.ShapeDtypeStruct((60, 3, 8), jnp.float32))
-        return [shape for shape in shapes if len(shape) == 3 and shape[1:] == (5, 7) and shape[0] > 1]
-
-    assert tiles()
-    assert not tiles(mesh=jax.make_mesh((4,), ("rows",)))
-    assert not tiles(block_size=7)
-
-
-@pytest.mark.parametrize(("block_size", "products"), [(None, 3), (10, 4)])
-def test_kept_products_are_not_computed_again(block_size, products, monkeypatch):
-    monkeypatch.setattr(nll, "_WHOLE", 0)
-    monkeypatch.setattr(nll, "_TILE", (10, 10))
-    z = jnp.zeros((30, 3, 8))
-
-    def loss(z):
-        return contrastive_nll(scores.Volume(), z[:, 0], z[:, 1:], scale=-10.0, block_size=block_size)
-
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(z).compile().as_text()
-    tiles = re.findall(r"= f32\[10,(?:10|8)\]\S* (?:dot|custom-call)\(", compiled)
-    assert len(tiles) == 2 * products
-
-
-def _kept_bytes(loss, batch, k):
-    pull = jax.eval_shape(lambda z: jax.vjp(loss, z)[1], jax.ShapeDtypeStruct((batch, k, 8), jnp.float32))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
-
-
-@pytest.mark.parametrize(
-    ("loss", "k", "most"),
-    [(losses.gram_loss, 5, 4096), (losses.gram_loss, 3, 5120), (losses.pairwise_infonce_loss, 3, 4608)],
-)
-def test_products_are_kept_up_to_a_limit(loss, k, most):
-    few = _kept_bytes(functools.partial(loss, block_size=512), most, k)
-    kept = _kept_bytes(loss, most, k) - few
-    assert nll.KEPT / 2 < kept <= nll.KEPT
-    assert _kept_bytes(loss, most + 1024, k) < 2 * few
+    again = jax.jit(functools.partial(value_and_gradients.__wrapped__, score=score, block_size=5, detach=detach))
+    assert_close(again(batch, 10.0), whole, 1e-12)
 
 
 def _softmax(logits, axis):
@@ -285,7 +88,7 @@ def _softmax(logits, axis):
 def test_any_sizes(devices, queries, extra, block_size):
     """Value and gradients of InfoNCE in float64, by the formula for its whole matrix."""
     size, total, scale = devices * queries, devices * (queries + extra), 5.0
-    batch = _batch(queries=size, items=total, m=1)
+    batch = random_batch(queries=size, items=total, m=1)
     mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices]) if devices > 1 else None
     loss = functools.partial(contrastive_nll, scores.Cosine(), scale=scale, block_size=block_size, mesh=mesh)
     q, x = batch["queries"].astype(jnp.float32), batch["gallery"].astype(jnp.float32)
@@ -307,7 +110,7 @@ def test_any_sizes(devices, queries, extra, block_size):
 @pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_items_beyond_the_queries_are_negatives_only(block_size, symmetric, x64):
-    batch = _batch(queries=6, items=11, m=1)
+    batch = random_batch(queries=6, items=11, m=1)
     losses = contrastive_nll(
         scores.Cosine(), **batch, scale=3.0, label_smoothing=0.1, symmetric=symmetric, block_size=block_size,
         reduction=None,
@@ -347,14 +150,14 @@ def test_a_small_loss_keeps_its_digits(block_size):
 
 @pytest.mark.parametrize("block_size", [None, 5])
 def test_large_scales_do_not_overflow(block_size):
-    batch = _cast(_batch(m=1), jnp.float32)
-    results = _value_and_gradients(batch, 1e5, scores.Cosine(), block_size)
+    batch = cast(random_batch(m=1), jnp.float32)
+    results = value_and_gradients(batch, 1e5, scores.Cosine(), block_size)
     assert all(np.all(np.isfinite(x)) for x in results)
     assert np.max(results[0]) > 1e4
 
 
 def test_sigmoid_in_tiles(x64):
-    batch = _batch(queries=18, m=1)
+    batch = random_batch(queries=18, m=1)
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(block_size):
@@ -364,7 +167,7 @@ def test_sigmoid_in_tiles(x64):
 
         return jax.value_and_grad(loss, (0, 1, 2, 3))(batch["queries"], batch["gallery"], 5.0, -2.0)
 
-    _assert_close(both(7), both(None), 1e-12)
+    assert_close(both(7), both(None), 1e-12)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -386,28 +189,28 @@ def test_finite_at_degenerate_inputs(data):
 
 
 def test_vmap_of_tiles():
-    batch = _cast(_batch(m=1), jnp.float32)
+    batch = cast(random_batch(m=1), jnp.float32)
     loss = functools.partial(contrastive_nll, scores.Cosine(), scale=5.0, block_size=5)
     pair = jnp.stack([batch["queries"], batch["queries"][::-1]])
     mapped = jax.jit(jax.vmap(jax.value_and_grad(loss), (0, None)))(pair, batch["gallery"])
     single = [jax.jit(jax.value_and_grad(loss))(queries, batch["gallery"]) for queries in pair]
-    _assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *single), 1e-6)
+    assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *single), 1e-6)
 
 
 def test_half_precision_is_accumulated_in_float32():
-    batch = _cast(_batch(m=1), jnp.bfloat16)
+    batch = cast(random_batch(m=1), jnp.bfloat16)
     loss = functools.partial(contrastive_nll, scores.Cosine(), scale=5.0, block_size=5)
     value, gradient = jax.jit(jax.value_and_grad(loss))(batch["queries"], batch["gallery"])
-    wide = _cast(batch, jnp.float32)
+    wide = cast(batch, jnp.float32)
     assert value.dtype == jnp.float32
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(value, jax.jit(loss)(wide["queries"], wide["gallery"]), rtol=1e-6)
 
 
 def test_a_score_from_outside_needs_nothing_but_the_protocol(x64):
-    batch = _batch()
-    whole = _value_and_gradients(batch, 2.0, _Distance(), None)
-    _assert_close(_value_and_gradients(batch, 2.0, _Distance(), 5), whole, 1e-12)
+    batch = random_batch()
+    whole = value_and_gradients(batch, 2.0, _Distance(), None)
+    assert_close(value_and_gradients(batch, 2.0, _Distance(), 5), whole, 1e-12)
 
 
 def test_nothing_of_the_size_of_the_score_matrix_is_ever_held():
@@ -447,7 +250,7 @@ def test_what_the_gradient_keeps_grows_with_the_batch_and_not_its_square():
 
 @pytest.mark.parametrize("loss", [contrastive_nll, functools.partial(sigmoid_nll, bias=0.0)])
 def test_the_axis_may_be_left_out_for_a_mesh_that_has_one(loss):
-    batch = _batch()
+    batch = random_batch()
     call = functools.partial(loss, scores.Volume(), scale=-10.0, **batch)
     over_devices = jax.jit(functools.partial(call, mesh=jax.make_mesh((4,), ("rows",))))
     np.testing.assert_allclose(over_devices(), jax.jit(call)(), rtol=1e-5)
@@ -465,7 +268,7 @@ def test_the_axis_may_be_left_out_for_a_mesh_that_has_one(loss):
 def test_items_beyond_the_queries_are_shared_among_devices(loss, score, kind):
     """Query `i` keeps item `i`, although its part of the queries is not the same part of the items."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
-    batch = _cast(_batch(queries=8, items=20), jnp.float32)
+    batch = cast(random_batch(queries=8, items=20), jnp.float32)
 
     @functools.partial(jax.jit, static_argnames=("mesh", "axis_name"))
     def both(batch, **options):
@@ -477,7 +280,7 @@ def test_items_beyond_the_queries_are_shared_among_devices(loss, score, kind):
         return jax.grad(each, (0, 1), has_aux=True)(batch["queries"], batch["gallery"])
 
     sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    _assert_close(both(sharded, mesh=mesh, axis_name=("model", "data")), both(batch), 2e-6)
+    assert_close(both(sharded, mesh=mesh, axis_name=("model", "data")), both(batch), 2e-6)
 
 
 @pytest.mark.usefixtures("unchecked_signatures")

@@ -1,0 +1,178 @@
+"""Score objects of one's own: what they must be is checked before anything is computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gramjax import retrieval, scores
+from gramjax.streaming import contrastive_nll, sample_hard_negatives, sigmoid_nll, streamed_ranks, streamed_top_k
+
+pytestmark = pytest.mark.usefixtures("unchecked_signatures")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum(scores.ProductScore):
+    """Inner product with the sum of the modalities, as someone would write it."""
+
+    higher_is_better = True
+
+    def usable(self, where):
+        return jnp.any(where, axis=-1)
+
+    def prepare(self, gallery, where):
+        return {"sum": jnp.sum(gallery, axis=1), "number": jnp.sum(where, axis=1)}
+
+    def products(self, queries, prepared):
+        return queries @ prepared["sum"].T
+
+    def from_products(self, products, queries, prepared):
+        return products
+
+    def pairs(self, queries, prepared):
+        return jnp.sum(queries * prepared["sum"], axis=-1)
+
+    def tile_sets(self, queries, where, prepared):
+        return self.tile(jnp.sum(queries, axis=1), prepared)
+
+
+def _altered(**members):
+    return dataclasses.dataclass(frozen=True)(type("Mine", (_Sum,), members))()
+
+
+def _nll(score, queries, gallery):
+    return contrastive_nll(score, queries, gallery, scale=1.0)
+
+
+def _sigmoid(score, queries, gallery):
+    return sigmoid_nll(score, queries, gallery, scale=1.0, bias=0.0)
+
+
+def _top_k(score, queries, gallery):
+    return streamed_top_k(score, queries, gallery, 2)
+
+
+def _sample(score, queries, gallery):
+    return sample_hard_negatives(jax.random.key(0), score, queries, gallery)
+
+
+def _index(score, queries, gallery):
+    return retrieval.build_index(gallery, score=score)
+
+
+CALLS = [_nll, _sigmoid, scores.score_matrix, _top_k, streamed_ranks, _sample, _index]
+every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__.strip("_"))
+
+
+def _inputs():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(6, 8)), jnp.float32), jnp.asarray(rng.normal(size=(6, 2, 8)), jnp.float32)
+
+
+@every_call
+def test_a_right_one_is_taken(call):
+    call(_Sum(), *_inputs())
+
+
+@every_call
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        # Each of these is broadcast against what it should be, or would be in the next line.
+        (
+            {"tile": lambda self, queries, prepared: prepared["sum"] @ queries.T},
+            r"Mine\.tile must return float32 \[queries, items\] = \(4, 3\) .*\(4, 8\), got float32 of shape \(3, 4\)",
+        ),
+        (
+            {"tile": lambda self, queries, prepared: jnp.sum(queries @ prepared["sum"].T, axis=1)},
+            r"Mine\.tile must return .*, got float32 of shape \(4,\)",
+        ),
+        ({"tile": lambda self, queries, prepared: None}, r"Mine\.tile must return .*, got NoneType"),
+        (
+            {"tile": lambda self, queries, prepared: (queries @ prepared["sum"].T) > 0},
+            r"Mine\.tile must return .*, got bool of shape \(4, 3\)",
+        ),
+        (
+            {"products": lambda self, queries, prepared: (queries @ prepared["sum"].T, jnp.zeros(()))},
+            r"Mine\.products must return .*, got float32 of shape \(\)",
+        ),
+        (
+            {"pairs": lambda self, queries, prepared: queries @ prepared["sum"].T},
+            r"Mine\.pairs must return float32 \[items\] = \(3,\) .*, got float32 of shape \(3, 3\)",
+        ),
+        (
+            {"pairs": lambda self, queries, prepared: jnp.sum(queries * prepared["sum"])},
+            r"Mine\.pairs must return .*, got float32 of shape \(\)",
+        ),
+        (
+            {"usable": lambda self, where: where},
+            r"Mine\.usable must return bool \[items\] = \(3,\) .*, got bool of shape \(3, 2\)",
+        ),
+        (
+            {"usable": lambda self, where: jnp.sum(where, axis=-1)},
+            r"Mine\.usable must return .*, got int32 of shape \(3,\)",
+        ),
+        (
+            {"prepare": lambda self, gallery, where: {"sum": jnp.sum(gallery, axis=1).T, "number": None}},
+            r"Mine\.prepare must return arrays with the items as leading axis.*\(3, 2, 8\); got one of shape \(8, 3\)",
+        ),
+        ({"higher_is_better": lambda self: False}, r"higher_is_better of Mine must be True or False .*, got a method"),
+    ],
+    ids=["transposed", "reduced", "nothing", "bool", "products", "all_pairs", "scalar", "mask", "count", "prepared",
+         "method"],
+)  # fmt: skip
+def test_what_a_method_returns_is_checked(call, members, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(_altered(**members), *_inputs())
+
+
+@pytest.mark.parametrize("call", [_top_k, streamed_ranks])
+def test_what_queries_of_several_modalities_get_is_checked(call):
+    queries, gallery = _inputs()
+    sets = jnp.stack([queries, queries], axis=1)
+    call(_Sum(), sets, gallery)
+    wrong = _altered(tile_sets=lambda self, queries, where, prepared: jnp.sum(queries, axis=2))
+    with pytest.raises(ValueError, match=r"Mine\.tile_sets must return .*= \(4, 3\) .*, got float32 of shape \(4, 2\)"):
+        call(wrong, sets, gallery)
+    index = retrieval.build_index(gallery, score=wrong)
+    with pytest.raises(ValueError, match=r"Mine\.tile_sets must return"):
+        retrieval.search(index, sets, 1)
+
+
+def test_double_precision_from_single_is_refused(x64):
+    wide = _altered(pairs=lambda self, queries, prepared: jnp.sum(queries * prepared["sum"], axis=-1).astype("float64"))
+    with pytest.raises(ValueError, match=r"Mine\.pairs must return float32 .*, got float64"):
+        _nll(wide, *_inputs())
+
+
+@every_call
+def test_arrays_in_a_score(call):
+    @dataclasses.dataclass(frozen=True)
+    class Weighted(_Sum):
+        weight: object = None
+
+    message = r"score must be hashable, as a frozen dataclass without arrays is; Weighted: unhashable type"
+    with pytest.raises(TypeError, match=message):
+        call(Weighted(jnp.ones(8)), *_inputs())
+
+    class Learned(_Sum):
+        __hash__ = object.__hash__
+        __eq__ = object.__eq__
+
+        def __init__(self, weight):
+            object.__setattr__(self, "weight", weight)
+
+    call(Learned(np.float32(2.0)), *_inputs())
+    with pytest.raises(TypeError, match=r"score must not hold traced arrays, got Learned with one"):
+        jax.jit(lambda weight: call(Learned(weight), *_inputs()))(1.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (5, 4, 3), (4, 3, 5), (1, 1, 1), (2, 6, 7)])
+def test_sizes_like_those_it_is_tried_on(shape):
+    """Whatever the sizes, a score that is right is taken, and one that mistakes items for queries is not."""
+    queries, gallery = jnp.ones((shape[0], shape[2])), jnp.ones(shape)
+    _nll(_Sum(), queries, gallery)
+    with pytest.raises(ValueError, match=r"Mine\.tile must return"):
+        _nll(_altered(tile=lambda self, queries, prepared: prepared["sum"] @ queries.T), queries, gallery)
