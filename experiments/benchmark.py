@@ -27,6 +27,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -331,18 +332,33 @@ def _in_a_process(function: Callable[..., Row], *arguments: int, simulated: int 
       MemoryError: it needed more memory than there is.
     """
     code = (
-        f"import json; from experiments import benchmark; print(json.dumps(benchmark.{function.__name__}{arguments}))"
+        "import json; from experiments import benchmark; benchmark.end_with_standard_input(); "
+        f"print(json.dumps(benchmark.{function.__name__}{arguments}))"
     )
     environment = dict(os.environ)
     if simulated:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={simulated}"
         environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w"), os.fdopen(reading) as until_we_end:
+        done = subprocess.run(command, env=environment, check=False, stdin=until_we_end, capture_output=True, text=True)
     if done.returncode == -signal.SIGKILL or "RESOURCE_EXHAUSTED" in done.stderr:
         raise MemoryError(f"exit status {done.returncode}")
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def end_with_standard_input() -> None:
+    """Ends this process when the one that holds the other end of its standard input does, even if that is killed."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _rows(study: str, seconds: Mapping[str, float], batch: int, k: int, dim: int) -> list[Row]:

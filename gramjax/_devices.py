@@ -207,6 +207,11 @@ def axis_of(mesh: Mesh, axis_name: AxisName | None) -> tuple[AxisName, int]:
     """The axis of the mesh that is meant, by default its only one, and the number of devices along it."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}.")
+    if manual := jax.sharding.get_abstract_mesh().manual_axes:
+        raise ValueError(
+            f"mesh must be left out inside of jax.shard_map (here over {manual}): the arrays are a device's own part "
+            "there, and axis_name alone says along which axis they are divided."
+        )
     if axis_name is None and len(mesh.axis_names) == 1:
         axis_name = mesh.axis_names[0]
     names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()

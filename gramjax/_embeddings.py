@@ -44,7 +44,8 @@ def stack_modalities(
     if len(set(names)) != len(names):
         raise ValueError(f"order must not repeat a name, got {names}.")
     if not given:
-        raise ValueError(f"embeddings must hold at least one modality of {names}, got {sorted(embeddings)}.")
+        needed = "" if order is None else f" of {names}"
+        raise ValueError(f"embeddings must hold at least one modality{needed}, got {sorted(embeddings) or 'none'}.")
     if unknown := sorted(set(where) - set(embeddings)):
         raise ValueError(f"where has masks for {unknown}, but embeddings holds only {sorted(embeddings)}.")
     arrays = {name: _checks.as_array(f"embeddings[{name!r}]", embeddings[name]) for name in given}

@@ -160,12 +160,22 @@ def _check_results(score, query, item, dtype) -> None:
     check("pairs", (items,), f"{dtype} [items]", real, jax.ShapeDtypeStruct((items, *query), dtype), prepared)
 
 
+def check_items(gallery: Array) -> None:
+    """Raises if the items have no modality, or vectors of no dimension."""
+    if not all(gallery.shape[1:]):
+        raise ValueError(
+            "gallery must hold items of at least one modality and one dimension ([items, modality, dim]), got shape "
+            f"{gallery.shape}."
+        )
+
+
 def check_inputs(score: Any, queries, gallery, gallery_where) -> tuple[Array, Array, Array]:
     """Queries, gallery and mask brought to one floating dtype, once they and the score have been checked."""
     check_score(score)
     queries = _checks.floating("queries", queries, ("queries", "dim"))
     gallery = _checks.floating("gallery", gallery, ("items", "modality", "dim"))
     _checks.same_dim("queries", queries, "gallery", gallery)
+    check_items(gallery)
     where = _checks.mask("gallery_where", gallery_where, gallery.shape[:2], "[items, modality]")
     dtype = max(queries.dtype, gallery.dtype, key=lambda dtype: dtype.itemsize)
     check_results(score, queries.shape[1:], gallery.shape, dtype)

@@ -24,7 +24,7 @@ def test_default_order_is_the_dictionarys():
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (({},), ValueError, "at least one modality"),
+        (({},), ValueError, "at least one modality, got none"),
         (([np.ones((2, 3))],), TypeError, "embeddings must be a mapping of modality names to arrays, got list"),
         (({"a": np.ones((2, 3))}, None, np.ones((2, 1), bool)), TypeError, "where must be a mapping .*, got ndarray"),
         (({"a": np.ones((2, 3))}, ["b"]), ValueError, r"at least one modality of \['b'\], got \['a'\]"),

@@ -1,6 +1,7 @@
 """Score objects of one's own: what they must be is checked before anything is computed."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,14 @@ def test_double_precision_from_single_is_refused(x64):
     wide = _altered(pairs=lambda self, queries, prepared: jnp.sum(queries * prepared["sum"], axis=-1).astype("float64"))
     with pytest.raises(ValueError, match=r"Mine\.pairs must return float32 .*, got float64"):
         _nll(wide, *_inputs())
+
+
+@every_call
+@pytest.mark.parametrize("shape", [(6, 0, 8), (6, 2, 0)])
+def test_items_of_nothing(call, shape):
+    message = r"gallery must hold .*(at least|item of) one modality.*" + re.escape(str(shape))
+    with pytest.raises(ValueError, match=message):
+        call(_Sum(), jnp.ones((6, shape[2])), jnp.ones(shape))
 
 
 @every_call

@@ -12,8 +12,8 @@ from a dictionary), and `where` `[batch, modality]`: which are present. The opti
 - `block_size`: rows and columns of the batch-by-batch score matrix that are computed at a time. None takes the whole
   matrix of a small batch, and tiles of a large one: memory then grows with the batch, not with its square. (If all
   matrix products of a loss take at most 256 MiB, they are kept for its gradient, which is faster; with a `block_size`
-  or across devices never.) Values and gradients agree to rounding. Tiles have derivatives in reverse mode only, across
-  devices the first; the whole matrix of a small batch on one device has every derivative.
+  or across devices never.) Values and gradients agree to rounding. Tiles, and devices, have derivatives in reverse
+  mode only (of any order); the whole matrix of a small batch on one device has those in forward mode as well.
 - `axis_name`: the batch is divided over devices along this axis of a mesh. Inside `jax.shard_map` each device passes
   its own examples and gets the loss of the whole batch and the gradient of that; with `mesh` besides, the loss takes
   global arrays under plain `jit`. `gramjax.streaming.nll` tells how gradients are taken in each case.

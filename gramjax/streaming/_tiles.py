@@ -72,7 +72,7 @@ def item_by_item(function: Callable, size: int, inputs: Any, fixed: Any = ()) ->
     """`function(inputs, fixed)` of many items, `size` of them at a time.
 
     The function must treat each item on its own. Its intermediate results are held for one tile only, in the gradient
-    as well, where they are computed again. Differentiable once in reverse mode, with respect to `inputs`.
+    as well, where they are computed again. Differentiable in reverse mode, with respect to `inputs`.
     """
     items = jax.tree.leaves(inputs)[0].shape[0]
     if items <= size:

@@ -13,8 +13,8 @@ How it is computed. Small score matrices are built whole. Large ones never are: 
 are computed at a time, in the gradient once more, so that memory grows with the batch and not with its square. If all
 matrix products of a loss take at most 256 MiB, they are kept for its gradient, which is faster; with a `block_size` or
 across devices never. (In a sum every loss has as much to itself, under `vmap` every lane.) Values and gradients agree
-to rounding. Losses computed in tiles have derivatives in reverse mode only, across devices the first;
-`block_size=None` with a small batch, on one device, has every derivative that JAX can take.
+to rounding. Losses computed in tiles or across devices have derivatives in reverse mode only, of any order;
+`block_size=None` with a small batch, on one device, has those in forward mode as well.
 
 Across devices. A loss is the loss of the whole batch, not the mean of losses of its parts, and its gradient is that:
 

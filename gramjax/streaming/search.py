@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from gramjax import _checks, _devices
-from gramjax._score import Score, SetScore, check_results, check_score
+from gramjax._score import Score, SetScore, check_items, check_results, check_score
 from gramjax.streaming import rowwise
 
 
@@ -291,6 +291,7 @@ def _check(score, queries, gallery, query_where, gallery_where) -> tuple[Rows, t
     if not jnp.issubdtype(gallery.dtype, jnp.floating):
         raise TypeError(f"gallery must have a floating-point dtype, got {gallery.dtype} of shape {gallery.shape}.")
     _checks.rank("gallery", gallery, ("items", "modality", "dim"))
+    check_items(gallery)
     if queries.ndim:
         _checks.same_dim("queries", queries, "gallery", gallery)
     where = _checks.mask("gallery_where", gallery_where, gallery.shape[:2], "[items, modality]")

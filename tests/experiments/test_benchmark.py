@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from PIL import Image
 
 from experiments import benchmark
 from gramjax import linalg, losses
-from tests import jaxprs
+from tests import jaxprs, processes
 
 TOY = {
     "dim": [8], "batch-sizes": [6], "large-batch-sizes": [6, 12], "modalities": [3], "memory-batch-sizes": [6],
@@ -27,9 +30,9 @@ def _options(path, **others):
     return tyro.cli(benchmark.Options, args=[*words, "--output", str(path)])
 
 
-@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_runs_from_end_to_end(processes, tmp_path, monkeypatch, capsys):
-    if not processes:
+@pytest.mark.parametrize("of_their_own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_runs_from_end_to_end(of_their_own, tmp_path, monkeypatch, capsys):
+    if not of_their_own:
         monkeypatch.setattr(benchmark, "_in_a_process", lambda function, *arguments, simulated=0: function(*arguments))
     path = tmp_path / "new" / "benchmark.json"
     benchmark.main(_options(path))
@@ -117,6 +120,27 @@ def test_a_process_that_fails(code, error, message, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([*command[:2], code], **options))
     with pytest.raises(error, match=message):
         benchmark._in_a_process(benchmark._platform)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc")
+def test_what_measures_ends_when_the_benchmark_is_killed():
+    """It may hold all of the memory."""
+    code = "from experiments import benchmark; benchmark._in_a_process(benchmark._peak, 40000, 3, 512)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=processes.REPOSITORY) as killed:
+        children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
+        started = _until(lambda: children.read_text().split())
+        _until(lambda: "end_with_standard_input" in Path(f"/proc/{started[0]}/cmdline").read_text())
+        killed.kill()
+    _until(lambda: not Path(f"/proc/{started[0]}").exists(), seconds=20.0)
+
+
+def _until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])  # CPUs have no TF32

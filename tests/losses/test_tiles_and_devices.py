@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gramjax import losses
+from gramjax.streaming import _engine, nll
 from tests import reference
 
 EVERY_LOSS = {
@@ -198,8 +199,11 @@ def test_every_loss_in_tiles_in_double_precision(name, x64):
     [(name, None) for name in EVERY_LOSS]
     + [pytest.param(name, 5, marks=pytest.mark.slow) for name in EVERY_LOSS if name != "alignment"],
 )
-def test_second_derivatives(name, block_size, x64):
+def test_second_derivatives(name, block_size, x64, monkeypatch):
     """Of embeddings with embeddings and with the temperature, against differences of gradients."""
+    if block_size:  # and items a few at a time
+        monkeypatch.setattr(nll, "ITEMS", 7)
+        monkeypatch.setattr(_engine, "ITEMS", 7)
     batch = _batch(dtype=np.float64)
     # In one orthant no leading direction is orthogonal to the sum, where its sign changes.
     z, turn = jnp.abs(batch["z"]), jnp.asarray(np.random.default_rng(1).normal(size=batch["z"].shape))
@@ -216,6 +220,38 @@ def test_second_derivatives(name, block_size, x64):
     np.testing.assert_allclose(of_z, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     expected = jnp.vdot(turn, central(z, 0.2 + step) - central(z, 0.2 - step)) / (2 * step)
     np.testing.assert_allclose(of_temperature, expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cone", "pairwise_infonce", "sigmoid", "pmrl"])
+@pytest.mark.parametrize("form", ["global", "inside", "inside, untracked"])
+def test_second_derivatives_across_devices(name, form, x64):
+    """Those of one device, which `test_second_derivatives` compares with differences."""
+    batch = _batch(dtype=np.float64)
+    batch["z"], turn = jnp.abs(batch["z"]), jnp.asarray(np.random.default_rng(1).normal(size=batch["z"].shape))
+    tracked = form != "inside, untracked"
+
+    def second(batch, turn, temperature, axis_name=None, **options):
+        def along(z, temperature):
+            def loss(z):
+                return _loss(name, {**batch, "z": z}, temperature, axis_name=axis_name, **options)
+
+            here = jnp.vdot(turn, jax.grad(loss)(z))
+            return jax.lax.psum(here, axis_name) if form == "inside" and axis_name else here
+
+        of_z, of_temperature = jax.grad(along, (0, 1))(batch["z"], temperature)
+        return of_z, of_temperature if tracked or not axis_name else jax.lax.psum(of_temperature, axis_name)
+
+    expected = jax.jit(second)(batch, turn, 0.2)
+    if form == "global":
+        across = functools.partial(second, axis_name="data", mesh=_mesh(), block_size=5)
+    else:
+        across = jax.shard_map(
+            functools.partial(second, axis_name="data", block_size=5), mesh=_mesh(), check_vma=tracked,
+            in_specs=(P("data"), P("data"), P()), out_specs=(P("data"), P()),
+        )  # fmt: skip
+    for x, y in zip(jax.jit(across)(batch, turn, 0.2), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-11 * np.abs(y).max())
 
 
 def test_unreduced_losses_are_those_of_the_devices_own_examples():

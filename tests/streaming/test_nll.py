@@ -309,3 +309,9 @@ def test_bad_input(loss):
         call(z, items, mesh=mesh, axis_name="model")
     with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, got tuple"):
         call(z, items, mesh=(4,), axis_name="data")
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    inside = jax.shard_map(
+        functools.partial(call, mesh=mesh), mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec()
+    )
+    with pytest.raises(ValueError, match=r"mesh must be left out inside of jax.shard_map \(here over \('data',\)\)"):
+        inside(z, items)
