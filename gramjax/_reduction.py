@@ -11,10 +11,18 @@ from gramjax import _checks, _devices
 Reduction = Literal["mean", "sum"] | None
 
 
+def check(weights, reduction: Reduction, batch: int, axis_name: _devices.AxisName | None = None) -> Array | None:
+    """The weights as an array, if these arguments of `reduce` are right: it is called before losses are computed."""
+    _devices.axis_size(axis_name)
+    if reduction not in ("mean", "sum", None):
+        raise ValueError(f'reduction must be "mean", "sum" or None, got {reduction!r}.')
+    return None if weights is None else _checks.weights("weights", weights, batch)
+
+
 def reduce(
     losses: Float[Array, " batch"],
     valid: Bool[Array, " batch"],
-    weights,
+    weights: Array | None,
     reduction: Reduction,
     axis_name: _devices.AxisName | None = None,
 ) -> Float[Array, ""] | Float[Array, " batch"]:
@@ -22,11 +30,7 @@ def reduce(
 
     Sums are over the devices along `axis_name` as well. A mean over nothing is 0 with zero gradient.
     """
-    if reduction not in ("mean", "sum", None):
-        raise ValueError(f'reduction must be "mean", "sum" or None, got {reduction!r}.')
-    weight = jnp.ones((), losses.dtype)
-    if weights is not None:
-        weight = _checks.weights("weights", weights, losses.shape[0]).astype(losses.dtype)
+    weight = jnp.ones((), losses.dtype) if weights is None else weights.astype(losses.dtype)
     # An example without a loss must not contribute even if its value or weight is not finite.
     weight = jnp.where(valid, weight, 0.0)
     weighted = jnp.where(valid, losses, 0.0) * weight

@@ -46,6 +46,7 @@ def matching_loss(
     if _checks.is_concrete(given) and not np.isin(values := np.asarray(given), (0, 1)).all():
         raise ValueError(f"labels must be 0 or 1, got {sorted(set(values.tolist()))}.")
     where = _checks.mask("where", where, labels.shape, "[batch]")
+    weights = _reduction.check(weights, reduction, len(logits))
     logits = jnp.where(where[:, None], logits, 0.0)
     margin = logits[:, 1] - logits[:, 0]
     losses = jax.nn.softplus(jnp.where(labels == 1, -margin, margin))

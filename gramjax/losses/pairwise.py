@@ -13,7 +13,7 @@ from gramjax._embeddings import check_embeddings
 from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Cosine
 from gramjax.streaming import contrastive_nll, sigmoid_nll
-from gramjax.streaming.nll import KEPT, contrastive_terms, prepare
+from gramjax.streaming.nll import KEPT, check_options, contrastive_terms, prepare
 
 
 @over_mesh("a", "b", "where", "weights", "ids")
@@ -239,6 +239,10 @@ def _mean_over_pairs(
     z, where, pairs, temperature, label_smoothing, weights, ids, reduction, block_size, axis_name, precision
 ) -> Array:
     temperature = _checks.positive("temperature", temperature, z.dtype)
+    weights = check_options(
+        len(z), len(z), label_smoothing=label_smoothing, weights=weights, ids=ids, reduction=reduction,
+        block_size=block_size, axis_name=axis_name,
+    )  # fmt: skip
     score = Cosine(precision)
     # A modality that is compared with several others is prepared once.
     items = {b: prepare(score, z[:, b, None], where[:, b, None], ids, axis_name) for _, b in pairs}

@@ -12,6 +12,7 @@ from gramjax._embeddings import check_embeddings
 from gramjax._reduction import Reduction
 from gramjax.scores import HIGHEST, Cosine
 from gramjax.streaming import contrastive_nll
+from gramjax.streaming.nll import check_options
 
 
 def pmrl_loss(
@@ -59,13 +60,14 @@ def pmrl_loss(
     >>> round(float(pmrl_loss(z, regularization_temperature=1.0)), 6)  # 0 + log(1 + exp(-1))
     0.313262
     """
+    z, where = check_embeddings(embeddings, where, at_least=2)
+    regularization_weight = _checks.real_scalar("regularization_weight", regularization_weight, z.dtype)
     alignment, regularization = pmrl_terms(
-        embeddings, alignment_temperature=alignment_temperature, regularization_temperature=regularization_temperature,
+        z, alignment_temperature=alignment_temperature, regularization_temperature=regularization_temperature,
         where=where, weights=weights, ids=ids, reduction=reduction, block_size=block_size, axis_name=axis_name,
         mesh=mesh, precision=precision,
     )  # fmt: skip
-    weight = _checks.real_scalar("regularization_weight", regularization_weight, alignment.dtype)
-    return alignment + weight * regularization
+    return alignment + regularization_weight * regularization
 
 
 @over_mesh("embeddings", "where", "weights", "ids")
@@ -79,6 +81,9 @@ def pmrl_terms(
     z, where = check_embeddings(embeddings, where, at_least=2)
     alignment_temperature = _checks.positive("alignment_temperature", alignment_temperature, z.dtype)
     regularization_temperature = _checks.positive("regularization_temperature", regularization_temperature, z.dtype)
+    weights = check_options(
+        len(z), len(z), weights=weights, ids=ids, reduction=reduction, block_size=block_size, axis_name=axis_name
+    )
     values, directions = linalg.spectrum(z)
     return _align(values, where, alignment_temperature, weights, reduction, axis_name), _separate(
         directions, where, regularization_temperature, weights, ids, reduction, block_size, axis_name, precision
@@ -125,6 +130,7 @@ def alignment_loss(
     del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)
     temperature = _checks.positive("temperature", temperature, z.dtype)
+    weights = _reduction.check(weights, reduction, len(z), axis_name)
     return _align(linalg.spectrum(z)[0], where, temperature, weights, reduction, axis_name)
 
 
@@ -173,6 +179,9 @@ def direction_regularization(
     del mesh
     z, where = check_embeddings(embeddings, where, at_least=1)
     temperature = _checks.positive("temperature", temperature, z.dtype)
+    weights = check_options(
+        len(z), len(z), weights=weights, ids=ids, reduction=reduction, block_size=block_size, axis_name=axis_name
+    )
     directions = linalg.spectrum(z)[1]
     return _separate(directions, where, temperature, weights, ids, reduction, block_size, axis_name, precision)
 

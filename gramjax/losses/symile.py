@@ -67,6 +67,7 @@ def symile_loss(
             f"{batch}^{k - 1} combinations, {batch**k:.1e} logits."
         )
     ids = jnp.arange(batch) if ids is None else _checks.ids("ids", ids, batch)
+    weights = _reduction.check(weights, reduction, batch)
     score = Multilinear(precision)
     terms = []
     for anchor in range(k):

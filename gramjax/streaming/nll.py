@@ -120,6 +120,11 @@ def contrastive_nll(
     queries, gallery, query_where, gallery_where = _check_pairs(
         score, queries, gallery, query_where, gallery_where, axis_name
     )
+    scale = _checks.real_scalar("scale", scale, queries.dtype)
+    weights = check_options(
+        len(queries), len(gallery), label_smoothing=label_smoothing, weights=weights, ids=ids, reduction=reduction,
+        block_size=block_size, axis_name=axis_name,
+    )  # fmt: skip
     items = prepare(score, gallery, gallery_where, ids, axis_name)
     losses, valid = contrastive_terms(
         score, queries, query_where, items, scale=scale, label_smoothing=label_smoothing, symmetric=symmetric,
@@ -128,8 +133,20 @@ def contrastive_nll(
     return _reduction.reduce(losses, valid, weights, reduction, axis_name)
 
 
+def check_options(
+    queries: int, items: int, *, label_smoothing=0.0, weights, ids, reduction, block_size, axis_name
+) -> Array | None:
+    """The weights as an array, once all options have been checked, which is before anything is computed."""
+    _checks.fraction("label_smoothing", label_smoothing)
+    if ids is not None:
+        _checks.ids("ids", ids, items)
+    if block_size is not None:
+        _checks.size("block_size", block_size)
+    return _reduction.check(weights, reduction, queries, axis_name)
+
+
 def prepare(score: Score, gallery: Array, gallery_where: Array, ids, axis_name: _devices.AxisName | None) -> Side:
-    """The columns of a score matrix, from a gallery that has been checked; several losses can share them."""
+    """The columns of a score matrix, from arguments that have been checked; several losses can share them."""
     number = gallery.shape[0]
     if ids is None:
         ids = number * _devices.position(axis_name) + jnp.arange(number, dtype=jnp.int32)
@@ -143,12 +160,10 @@ def contrastive_terms(
     score: Score, queries: Array, query_where: Array, items: Side, *, scale, label_smoothing=0.0, symmetric=True,
     detach_candidates=False, block_size=None, axis_name=None, kept=KEPT,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Loss of each example `[Q]` and which examples have one; the other arguments as for `contrastive_nll`.
+    """Loss of each example `[Q]` and which examples have one; the other arguments as for `contrastive_nll`, checked.
 
     `kept` is the part of `KEPT` that this one of a loss's score matrices may have.
     """
-    scale = _checks.real_scalar("scale", scale, queries.dtype)
-    label_smoothing = _checks.fraction("label_smoothing", label_smoothing)
     statistic = LogSumExp(sums=label_smoothing > 0)
     rows = _rows(queries, query_where, items)
     plan = _plan(score, statistic, rows, items, symmetric, detach_candidates, block_size, axis_name, kept)
@@ -240,6 +255,10 @@ def sigmoid_nll(
     )
     scale = _checks.real_scalar("scale", scale, queries.dtype)
     bias = _checks.real_scalar("bias", bias, queries.dtype)
+    weights = check_options(
+        len(queries), len(gallery), weights=weights, ids=ids, reduction=reduction, block_size=block_size,
+        axis_name=axis_name,
+    )  # fmt: skip
     items = prepare(score, gallery, gallery_where, ids, axis_name)
     rows = _rows(queries, query_where, items)
     plan = _plan(score, SoftplusSum(), rows, items, False, False, block_size, axis_name)
@@ -273,7 +292,6 @@ def _plan(
     if block_size is not None or axis_name is not None:
         kept = 0  # across devices they would grow with the number of these
     if block_size is not None:
-        block_size = _checks.size("block_size", block_size)
         tile = (block_size, block_size)
     elif axis_name is None and rows.ids.shape[0] * columns.ids.shape[0] <= _WHOLE:
         tile = None

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gramjax import losses, scores, stack_modalities
-from gramjax.streaming import contrastive_nll, sigmoid_nll
+from gramjax import linalg, losses, scores, stack_modalities
+from gramjax.streaming import _tiles, contrastive_nll, sigmoid_nll
 
 STACKED = [
     losses.gram_loss,
@@ -65,6 +65,30 @@ def test_too_few_modalities(loss):
         loss(jnp.ones((4, 1, 8)))
 
 
+@pytest.mark.parametrize("loss", EVERY, ids=_name)
+def test_nothing_is_computed_before_the_options_are_checked(loss, monkeypatch):
+    def compute(*_):
+        raise AssertionError("too early")
+
+    monkeypatch.setattr(linalg, "spectrum", compute)
+    monkeypatch.setattr(_tiles, "item_by_item", compute)
+    monkeypatch.setattr(scores.Multilinear, "prepare", compute)
+    wrong = {
+        "where": 3.0, "weights": jnp.ones(3), "ids": jnp.ones(3, jnp.int32), "reduction": "average", "block_size": 0,
+        "axis_name": "data", "mesh": 3, "label_smoothing": 2.0, "temperature": 0.0, "regularization_temperature": 0.0,
+        "alignment_temperature": 0.0, "regularization_weight": "1", "bias": "1", "anchor": 9, "key": 3,
+    }  # fmt: skip
+    known = inspect.signature(loss).parameters
+    for name, value in wrong.items():
+        if name in known:
+            with pytest.raises((TypeError, ValueError), match=rf"^{name} must"):
+                loss(*_inputs(loss), **{name: value})
+    others = set(known) - set(wrong)
+    assert others <= {"embeddings", "a", "b", "square_root", "precision", "detach_candidates"}
+    with pytest.raises(AssertionError, match="too early"):
+        loss(*_inputs(loss))
+
+
 def test_triangle_needs_exactly_three():
     with pytest.raises(ValueError, match=r"exactly 3 modalities .*got shape \(4, 4, 8\)"):
         losses.triangle_loss(jnp.ones((4, 4, 8)))
@@ -102,7 +126,7 @@ def test_ids(loss):
     with pytest.raises(ValueError, match=r"ids must fit int32 unless jax_enable_x64 is on, got 4294967296"):
         loss(*_inputs(loss), ids=large)
     with jax.enable_x64(True):
-        assert jnp.isfinite(loss(*_inputs(loss), ids=large))
+        assert jnp.isfinite(jax.jit(functools.partial(loss, ids=large))(*_inputs(loss)))
     with pytest.raises(ValueError, match=r"ids must have shape \[batch\] = \(4,\), got shape \(4, 1\)"):
         loss(*_inputs(loss), ids=jnp.ones((4, 1), jnp.int32))
 
@@ -179,7 +203,7 @@ def test_arrays_divided_over_explicit_axes_need_the_mesh():
         z = jax.device_put(jnp.ones((4, 3, 8)), NamedSharding(mesh, PartitionSpec("data")))
         with pytest.raises(ValueError, match=r"mesh must be given .* shape \(4, 8\) divided over \['data'\]"):
             losses.gram_loss(z)
-        assert jnp.isfinite(losses.gram_loss(z, mesh=mesh))
+        assert jnp.isfinite(jax.jit(functools.partial(losses.gram_loss, mesh=mesh))(z))
 
 
 @pytest.mark.parametrize("loss", _with("mesh"), ids=_name)

@@ -13,7 +13,7 @@ from gramjax import linalg, losses, scores
 pytestmark = pytest.mark.usefixtures("also_optimized")
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = ("losses", "losses_aligned")
-widths = pytest.mark.parametrize("k", [2, 3, 4, 5])
+widths = pytest.mark.parametrize("k", [2, 3, pytest.param(4, marks=pytest.mark.slow), 5])
 
 GRAM = jax.jit(jax.value_and_grad(functools.partial(losses.gram_loss, label_smoothing=0.1)))
 GRAM_CUT = jax.jit(jax.grad(functools.partial(losses.gram_loss, label_smoothing=0.1, detach_candidates=True)))

@@ -34,7 +34,7 @@ def _chosen(score, detach=False):
 
 @pytest.mark.usefixtures("always_tiled")
 @pytest.mark.parametrize("score", PRODUCT_SCORES, ids=repr)
-@pytest.mark.parametrize("items", [24, 31])
+@pytest.mark.parametrize("items", [31, pytest.param(24, marks=pytest.mark.slow)])
 def test_kept_products_change_nothing(score, items, x64):
     batch = random_batch(items=items)
     scale = 10.0 if score.higher_is_better else -10.0
@@ -76,7 +76,8 @@ def test_kept_products_under_vmap():
     assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *single), 1e-6)
 
 
-@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [2, 3])
 def test_higher_derivatives_in_tiles(order, x64, monkeypatch):
     """Of a score that is not linear in its products; the losses are in `tests/losses/test_tiles_and_devices.py`."""
     score, batch = scores.Volume(), random_batch()
