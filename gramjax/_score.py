@@ -18,7 +18,8 @@ class Score(Protocol):
     """How well queries match items.
 
     `prepare` returns a pytree whose arrays all have the items as leading axis; derivatives go through those of a
-    floating-point dtype.
+    floating-point dtype. Before anything is computed, the methods are tried on shapes; what returns another shape than
+    is said here is named in a `ValueError`.
     """
 
     @property

@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+import jaxlib
 import pytest
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
@@ -23,6 +24,12 @@ install_import_hook("gramjax", "beartype.beartype")
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Halves the time of the quick tests, where there is a choice; the slow ones compile with the emitters users have."""
+    if config.getoption("markexpr") == "not slow" and jaxlib.version.__version_info__ < (0, 11):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(scope="module", autouse=True)

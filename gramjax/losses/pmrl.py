@@ -151,7 +151,8 @@ def direction_regularization(
     """InfoNCE of the leading directions with themselves, logits `u_i . u_j / temperature` (PMRL, section 4.3).
 
     The directions are oriented along the sum of the modalities (`linalg.leading_direction`); the published code leaves
-    their signs to the solver, so that its logits flip at random.
+    their signs to the solver, so that its logits flip at random. So do those of two modalities at an obtuse angle that
+    were rounded to bfloat16: pass vectors that were normalised in float32.
 
     Args:
       embeddings: `[batch, modality, dim]`, unit vectors.

@@ -151,7 +151,7 @@ def test_incomplete_clips_are_dropped_on_request(tmp_path):
 def test_the_report_counts_and_names(tmp_path, caplog):
     path = annotate(tmp_path, {"id": "a", "desc": "One.", "url": "x"}, {"id": "b", "desc": "Two."})
     report = clips.ClipFolder(path, videos=touch(tmp_path / "v", "a.mp4")).report
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="gramjax.data.clips"):
         for _ in range(3):
             report.add_unreadable("vision", "a", "a.mp4: broken")
     assert [record.getMessage() for record in caplog.records] == [

@@ -134,7 +134,7 @@ def test_evaluation_is_every_clip_once_in_order(folder, evaluation, tokenizer):
 
 
 def test_what_cannot_be_read_is_absent_and_reported_once(folder, training, caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="gramjax.data.clips"):
         batches = take(training(), 6)
     names = [clip.id for clip in folder.annotations]
     for batch in batches:
