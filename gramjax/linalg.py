@@ -198,9 +198,9 @@ def leading_direction(
       this one is oriented so that `u_1 . sum_l z_l > 0`. Where that product is 0 (always so for two unit vectors at
       an obtuse angle, whose leading direction is along their difference) the first vector with a part along `u_1`
       decides; there the orientation is discontinuous. (Unit to float32 rounding: vectors that were rounded to bfloat16
-      differ in length by so much that rounding decides. Normalise in float32.) The derivative needs only the largest singular value to be
-      simple. Where it is repeated, the direction is undefined within the leading subspace: turns inside that subspace
-      are given derivative 0.
+      differ in length by so much that rounding decides. Normalise in float32.) The derivative needs only the largest
+      singular value to be simple. Where it is repeated, the direction is undefined within the leading subspace: turns
+      inside that subspace are given derivative 0.
 
     Raises:
       TypeError: if `z` is not floating point or `where` not bool.

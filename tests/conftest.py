@@ -27,7 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Halves the time of the quick tests, where there is a choice; the slow ones compile with the emitters users have."""
+    """Quick tests compile in half the time where XLA has a choice of emitters; slow ones do it as users have it."""
     if config.getoption("markexpr") == "not slow" and jaxlib.version.__version_info__ < (0, 11):
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
