@@ -70,20 +70,25 @@ def mask(name: str, value, shape: tuple[int, ...], axes: str) -> Array:
     return array
 
 
-def per_example(name: str, value, batch: int, axis: str = "batch") -> Array:
+def per_example(name: str, value, batch: int, axis: str = "batch", needed: str = "an array") -> Array:
     """`value` as an array of shape `[batch]`."""
-    array = as_array(name, value)
+    array = as_array(name, value, needed)
     if array.shape != (batch,):
         raise ValueError(f"{name} must have shape [{axis}] = ({batch},), got shape {array.shape}.")
     return array
 
 
 def ids(name: str, value, batch: int, axis: str = "batch") -> Array:
-    """`value` as integers of shape `[batch]`."""
-    array = per_example(name, value, batch, axis)
+    """`value` as signed integers of shape `[batch]`: JAX takes large unsigned ones for negative ones in comparisons."""
+    array = per_example(name, value, batch, axis, "an array of integers")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers of shape [{axis}] = ({batch},), got dtype {array.dtype}.")
-    return array
+    if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
+        return array
+    signed = jnp.dtype(f"int{8 * array.dtype.itemsize}")
+    if batch and is_concrete(value) and (most := np.asarray(array).max()) > jnp.iinfo(signed).max:
+        raise ValueError(f"{name} must fit {signed}, got {most}.")
+    return array.astype(signed)
 
 
 def integer(name: str, value, needed: str = "an integer") -> int:

@@ -63,7 +63,7 @@ class Cone(ProductScore):
         """Unit directions, and the triangles of all their combinations."""
         _, m, _ = gallery.shape
         if m > MOST:
-            raise ValueError(f"A cone has at most {MOST} modalities beside the query, got {m}.")
+            raise ValueError(f"gallery must hold items of at most {MOST} modalities, which span a cone, got {m}.")
         x = jnp.where(where[..., None], gallery, 0.0)
         length = linalg.safe_norm(x)
         present = where & ~(length == 0)  # a length that is not a number is there, and shows

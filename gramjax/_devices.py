@@ -28,9 +28,7 @@ def axis_size(axis_name: AxisName | None) -> int:
     """Number of devices along the axis; 1 for None."""
     if axis_name is None:
         return 1
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}.")
+    _names(axis_name)
     try:
         return jax.lax.axis_size(axis_name)
     except NameError as error:
@@ -38,6 +36,13 @@ def axis_size(axis_name: AxisName | None) -> int:
             "axis_name must name a mesh axis of the jax.shard_map (or pmap) that the call is made in, got "
             f"{axis_name!r}, which is not bound here. For global arrays outside of shard_map pass mesh= as well."
         ) from error
+
+
+def _names(axis_name: AxisName) -> tuple[str, ...]:
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}.")
+    return names
 
 
 def check_whole(*arrays: Array) -> None:
@@ -163,6 +168,7 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
                         f"{name} must have a first axis that divides over the {devices} devices of mesh axis "
                         f"{axis_name!r}, got shape {array.shape}."
                     )
+            _check_lengths(batched, divided[0])
             if "weights" in batched and batched["weights"].ndim:
                 # Inside, their values are no longer known.
                 _checks.weights("weights", batched["weights"], len(batched["weights"]))
@@ -179,11 +185,25 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
                 batched = {name: jnp.concatenate(x) for name, x in parts.items()}
                 return loss(**given, **batched, **arrays, axis_name=axis_name)
 
-            return run_on(mesh, body, (parts, arrays), (spec, PartitionSpec()), whole)
+            try:
+                return run_on(mesh, body, (parts, arrays), (spec, PartitionSpec()), whole)
+            except (TypeError, ValueError) as error:
+                error.add_note(f"Shapes are those of one of {devices} devices, which divide the first axis.")
+                raise
 
         return wrapped  # pyright: ignore[reportReturnType]
 
     return decorate
+
+
+def _check_lengths(batched: dict[str, Array], first: str) -> None:
+    """Inside of `shard_map` an error would speak of the parts of arrays. A gallery may be longer than its queries."""
+    for name, array in batched.items():
+        other = "gallery" if name in ("gallery_where", "ids") and "gallery" in batched else first
+        if name != "gallery" and len(array) != len(batched[other]):
+            raise ValueError(
+                f"{name} must have the first axis of {other}, of size {len(batched[other])}, got shape {array.shape}."
+            )
 
 
 def _is_known_scalar(x: Any) -> bool:
@@ -209,12 +229,12 @@ def axis_of(mesh: Mesh, axis_name: AxisName | None) -> tuple[AxisName, int]:
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}.")
     if manual := jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError(
-            f"mesh must be left out inside of jax.shard_map (here over {manual}): the arrays are a device's own part "
-            "there, and axis_name alone says along which axis they are divided."
+            f"mesh must be left out inside of jax.shard_map or pmap (here over {manual}): the arrays are a device's "
+            "own part there, and axis_name alone says along which axis they are divided."
         )
     if axis_name is None and len(mesh.axis_names) == 1:
         axis_name = mesh.axis_names[0]
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    names = () if axis_name is None else _names(axis_name)
     if not names or not set(names) <= set(mesh.axis_names):
         raise ValueError(f"axis_name must name an axis of the mesh, one of {mesh.axis_names}, got {axis_name!r}.")
     return axis_name, math.prod(mesh.shape[name] for name in names)  # pyright: ignore[reportReturnType]

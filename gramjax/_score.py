@@ -1,7 +1,9 @@
 """What a score is, and that an object is one: its methods are tried on shapes before anything is computed."""
 
 import abc
+import dataclasses
 import functools
+import weakref
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,11 +17,11 @@ from gramjax import _checks
 
 @runtime_checkable
 class Score(Protocol):
-    """How well queries match items.
+    """How well queries match items: an immutable value, since what is compiled for a score is kept by its hash.
 
     `prepare` returns a pytree whose arrays all have the items as leading axis; derivatives go through those of a
-    floating-point dtype. Before anything is computed, the methods are tried on shapes; what returns another shape than
-    is said here is named in a `ValueError`.
+    floating-point dtype. JAX traces all methods. Before anything is computed, those that are needed are tried on a few
+    items without values; what returns another shape than is said here is named in a `ValueError`.
     """
 
     @property
@@ -101,64 +103,102 @@ def check_score(score: Any) -> None:
         raise TypeError(f"score must be a score object, such as gramjax.scores.Volume(), got {hint}.")
     if not isinstance(score.higher_is_better, bool | np.bool_):
         got = type(score.higher_is_better).__name__
-        raise TypeError(f"higher_is_better of {name} must be True or False (or a property that is), got a {got}.")
+        raise TypeError(
+            f"higher_is_better of {name} must be True or False (or a property that is), got one of type {got}."
+        )
     try:
         hash(score)
     except TypeError as error:
         raise TypeError(f"score must be hashable, as a frozen dataclass without arrays is; {name}: {error}.") from error
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(list(getattr(score, "__dict__", {}).values()))):
-        raise TypeError(
-            f"score must not hold traced arrays, got {name} with one: what is learned belongs into the vectors or the "
-            "scale of the logits."
-        )
 
 
-def check_results(score: Any, query: tuple[int, ...], gallery: tuple[int, ...], dtype: Any) -> None:
-    """Raises unless the methods of `score` return what they must for queries and a gallery of these shapes.
+def check_results(
+    score: Any, methods: tuple[str, ...], query: tuple[int, ...], gallery: tuple[int, ...], dtype: Any
+) -> None:
+    """Raises unless these methods of `score` return what they must for queries and a gallery of these shapes.
 
-    What is of another shape would be broadcast, to a loss that looks like one. `query` is the shape of one query.
+    What is of another shape would be broadcast, to a loss that looks like one. `prepare` and `usable` are tried in any
+    case. `query` is the shape of one query.
     """
-    _check_results(score, query, gallery[1:], jnp.dtype(dtype))
+    case = type(score), methods, query, gallery[1:], jnp.dtype(dtype), jax.config.read("jax_enable_x64")
+    # Values may be kept for good. Other scores may hold arrays: what is known of them goes with them.
+    if dataclasses.is_dataclass(score) and type(score).__eq__ is not object.__eq__:
+        _check_value(score, *case)
+        return
+    try:
+        tried = _TRIED.setdefault(score, set())
+    except TypeError:  # no weak reference to it
+        tried = set()
+    if case not in tried:
+        _check_results(score, *case)
+        tried.add(case)
+
+
+_TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_results(score, query, item, dtype) -> None:
+def _check_value(score, *case) -> None:
+    _check_results(score, *case)
+
+
+def _check_results(score, kind, methods, query, item, dtype, _) -> None:
     # A few of each, told apart from all else by their number: tracing takes longer than a small loss.
     items, queries, *_ = (number for number in range(3, 10) if number not in (*query, *item))
-    name = type(score).__name__
-
-    def check(method, shape, needed, right, *arguments):
-        result = jax.eval_shape(getattr(score, method), *arguments)
-        for leaf in jax.tree.leaves(result) if method == "products" else [result]:
-            array = isinstance(leaf, jax.ShapeDtypeStruct)
-            if not array or leaf.shape != shape or not right(leaf.dtype):
-                got = f"{leaf.dtype} of shape {leaf.shape}" if array else type(leaf).__name__
-                raise ValueError(
-                    f"{name}.{method} must return {needed} = {shape} if tried on {items} items and an argument of "
-                    f"shape {arguments[0].shape}, got {got}."
-                )
 
     def real(of):
         return jnp.issubdtype(of, jnp.floating) and of.itemsize <= dtype.itemsize
 
     vectors = jax.ShapeDtypeStruct((items, *item), dtype)
     where = jax.ShapeDtypeStruct(vectors.shape[:2], jnp.bool_)
-    check("usable", (items,), "bool [items]", lambda of: of == jnp.bool_, where)
-    prepared = jax.eval_shape(score.prepare, vectors, where)
-    for leaf in jax.tree.leaves(prepared):
-        if leaf.shape[:1] != (items,):
+    _check_result(score, "usable", (items,), "bool [items]", lambda of: of == jnp.bool_, where)
+    prepared = _try(score, "prepare", vectors, where)
+    for leaf in jax.tree.leaves(prepared) or [None]:
+        if leaf is None or leaf.shape[:1] != (items,):
+            got = "none" if leaf is None else f"one of shape {leaf.shape}"
             raise ValueError(
-                f"{name}.prepare must return arrays with the items as leading axis, of {items} if tried on a gallery "
-                f"of shape {vectors.shape}; got one of shape {leaf.shape}."
+                f"{kind.__name__}.prepare must return arrays with the items as leading axis, of {items} if "
+                f"tried on a gallery of shape {vectors.shape}; got {got}."
             )
     tile = (queries, items), f"{dtype} [queries, items]", real
     vectors = jax.ShapeDtypeStruct((queries, *query), dtype)
-    if len(query) == 2:
-        check("tile_sets", *tile, vectors, jax.ShapeDtypeStruct(vectors.shape[:2], jnp.bool_), prepared)
-        return
-    for method in ("products", "tile") if gives_products(score) else ("tile",):
-        check(method, *tile, vectors, prepared)
-    check("pairs", (items,), f"{dtype} [items]", real, jax.ShapeDtypeStruct((items, *query), dtype), prepared)
+    if "tile_sets" in methods:
+        where = jax.ShapeDtypeStruct(vectors.shape[:2], jnp.bool_)
+        _check_result(score, "tile_sets", *tile, vectors, where, prepared)
+    if "tile" in methods and gives_products(score):
+        _check_result(score, "products", *tile, vectors, prepared)
+    if "tile" in methods:
+        _check_result(score, "tile", *tile, vectors, prepared)
+    if "pairs" in methods:
+        matched = jax.ShapeDtypeStruct((items, *query), dtype)
+        _check_result(score, "pairs", (items,), f"{dtype} [items]", real, matched, prepared)
+
+
+def _check_result(score, method, shape, needed, right, *arguments) -> None:
+    result = _try(score, method, *arguments)
+    for leaf in jax.tree.leaves(result) if method == "products" else [result]:
+        array = isinstance(leaf, jax.ShapeDtypeStruct)
+        if not array or leaf.shape != shape or not right(leaf.dtype):
+            got = f"{leaf.dtype} of shape {leaf.shape}" if array else type(leaf).__name__
+            raise ValueError(
+                f"{type(score).__name__}.{method} must return {needed} = {shape} if tried on {shape[-1]} items and an "
+                f"argument of shape {arguments[0].shape}, got {got}."
+            )
+
+
+def _try(score, method, *arguments) -> Any:
+    name = f"{type(score).__name__}.{method}"
+    try:
+        traced, result = jax.make_jaxpr(getattr(score, method), return_shape=True)(*arguments)
+    except Exception as error:
+        error.add_note(f"So far, {name} is only tried on an argument of shape {arguments[0].shape}.")
+        raise
+    if any(isinstance(constant, Tracer) for constant in traced.consts):
+        raise TypeError(
+            f"score must not hold traced arrays, but {name} uses one: make constants outside of jit; what is learned "
+            "belongs into the vectors or the scale of the logits."
+        )
+    return result
 
 
 def check_items(gallery: Array) -> None:
@@ -170,8 +210,8 @@ def check_items(gallery: Array) -> None:
         )
 
 
-def check_inputs(score: Any, queries, gallery, gallery_where) -> tuple[Array, Array, Array]:
-    """Queries, gallery and mask brought to one floating dtype, once they and the score have been checked."""
+def check_inputs(score: Any, methods: tuple[str, ...], queries, gallery, gallery_where) -> tuple[Array, Array, Array]:
+    """Queries, gallery and mask brought to one floating dtype, once they and the score's methods have been checked."""
     check_score(score)
     queries = _checks.floating("queries", queries, ("queries", "dim"))
     gallery = _checks.floating("gallery", gallery, ("items", "modality", "dim"))
@@ -179,7 +219,7 @@ def check_inputs(score: Any, queries, gallery, gallery_where) -> tuple[Array, Ar
     check_items(gallery)
     where = _checks.mask("gallery_where", gallery_where, gallery.shape[:2], "[items, modality]")
     dtype = max(queries.dtype, gallery.dtype, key=lambda dtype: dtype.itemsize)
-    check_results(score, queries.shape[1:], gallery.shape, dtype)
+    check_results(score, methods, queries.shape[1:], gallery.shape, dtype)
     # What is absent must not reach a score: its value may be anything, NaN included.
     gallery = jnp.where(where[..., None], gallery, 0.0)
     return queries.astype(dtype), gallery.astype(dtype), where

@@ -39,7 +39,8 @@ class Triangle(ProductScore):
         """The line through the two modalities: the area is half its length times the distance of the query from it."""
         if gallery.shape[1] != 2:
             raise ValueError(
-                f"A triangle needs items of exactly 2 modalities beside the query (3 in all), got {gallery.shape[1]}."
+                "gallery must hold items of exactly 2 modalities, corners of a triangle with the query, got "
+                f"{gallery.shape[1]}."
             )
         first = gallery[:, 0]
         edge = gallery[:, 1] - first

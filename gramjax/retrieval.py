@@ -100,7 +100,7 @@ def build_index(
             f"gallery must hold at least one item of one modality, got shape {gallery.shape} ([items, modality, dim])."
         )
     check_score(score)
-    check_results(score, gallery.shape[2:], gallery.shape, gallery.dtype)
+    check_results(score, (), (), gallery.shape, gallery.dtype)
     where = _checks.mask("where", where, gallery.shape[:2], "[items, modality]")
     prepared, usable = _prepare(score, jnp.where(where[..., None], gallery, 0.0), where)
     return Index(prepared, usable, score, *gallery.shape[1:])
@@ -199,9 +199,11 @@ def save_index(index: Index, path: str | os.PathLike) -> None:
       path: of the file; an index that is there is replaced once the new one is complete.
 
     Raises:
-      TypeError: if the score is not one of `gramjax.scores`; save the gallery then, and build the index again.
+      TypeError: if `index` is no index, or its score is not one of `gramjax.scores`: then save the gallery, and build
+        the index again.
       ValueError: if `path` is a folder, lies in none, or is a file that is no index, or the index has been altered.
     """
+    _check_index(index)
     _check_replaceable(path)
     path = Path(path)
     header = {
@@ -350,9 +352,13 @@ def _score_from(description: Any) -> Score:
     return make(precision=None if precision is None else jax.lax.Precision[precision], **fields)
 
 
-def _check_queries(index: Index, queries, where) -> tuple[Array, Array]:
+def _check_index(index: Index) -> None:
     if not isinstance(index, Index):
         raise TypeError(f"index must be one that build_index or load_index made, got {type(index).__name__}.")
+
+
+def _check_queries(index: Index, queries, where) -> tuple[Array, Array]:
+    _check_index(index)
     queries = _checks.as_array("queries", queries)
     if jnp.issubdtype(queries.dtype, jnp.floating):
         queries = queries.astype(index.dtype)
@@ -363,7 +369,7 @@ def _check_queries(index: Index, queries, where) -> tuple[Array, Array]:
     if where is not None and queries.ndim > 1:
         where = _checks.mask("where", where, queries.shape[:-1], "[Q]" if queries.ndim == 2 else "[Q, p]")
     rows = streamed.check_queries(index.score, queries, where)
-    check_results(index.score, rows[0].shape[1:], (len(index), index.modalities, index.dim), rows[0].dtype)
+    streamed.check_trial(index.score, rows, (len(index), index.modalities, index.dim))
     return rows
 
 

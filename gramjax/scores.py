@@ -429,7 +429,7 @@ def score_matrix(
     >>> score_matrix(Residual(), jnp.array([[0.6, 0.8]]), jnp.array([[[1.0, 0.0]]])).shape
     (1, 1)
     """
-    queries, gallery, where = check_inputs(score, queries, gallery, gallery_where)
+    queries, gallery, where = check_inputs(score, ("tile",), queries, gallery, gallery_where)
     scores = score.tile(queries, score.prepare(gallery, where))
     return jnp.where(score.usable(where)[None, :], scores, -jnp.inf if score.higher_is_better else jnp.inf)
 

@@ -145,6 +145,12 @@ class Counted(scores.Cosine):
         return super().pairs(queries, prepared[1])
 
 
+def test_only_an_index_is_saved(tmp_path, unchecked_signatures):
+    with pytest.raises(TypeError, match="index must be one that build_index or load_index made, got NoneType"):
+        retrieval.save_index(None, tmp_path / "index.npz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_prepared_need_not_begin_with_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "Counted", Counted, raising=False)
     index = retrieval.build_index(jnp.eye(3)[:, None], score=Counted())

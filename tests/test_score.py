@@ -1,7 +1,10 @@
 """Score objects of one's own: what they must be is checked before anything is computed."""
 
 import dataclasses
+import gc
 import re
+import weakref
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +63,7 @@ def _sample(score, queries, gallery):
 
 
 def _index(score, queries, gallery):
-    return retrieval.build_index(gallery, score=score)
+    return retrieval.search(retrieval.build_index(gallery, score=score), queries, 2)
 
 
 CALLS = [_nll, _sigmoid, scores.score_matrix, _top_k, streamed_ranks, _sample, _index]
@@ -119,14 +122,31 @@ def test_a_right_one_is_taken(call):
             {"prepare": lambda self, gallery, where: {"sum": jnp.sum(gallery, axis=1).T, "number": None}},
             r"Mine\.prepare must return arrays with the items as leading axis.*\(3, 2, 8\); got one of shape \(8, 3\)",
         ),
-        ({"higher_is_better": lambda self: False}, r"higher_is_better of Mine must be True or False .*, got a method"),
+        (
+            {"prepare": lambda self, gallery, where: None},
+            r"Mine\.prepare must return arrays with the items as leading axis.*; got none",
+        ),
+        ({"higher_is_better": lambda self: False}, r"higher_is_better of Mine must be .*, got one of type method"),
     ],
     ids=["transposed", "reduced", "nothing", "bool", "products", "all_pairs", "scalar", "mask", "count", "prepared",
-         "method"],
+         "unprepared", "method"],
 )  # fmt: skip
 def test_what_a_method_returns_is_checked(call, members, message):
+    if "pairs" in members and call not in (_nll, _sigmoid):
+        call(_altered(**members), *_inputs())  # which does without
+        return
     with pytest.raises((TypeError, ValueError), match=message):
         call(_altered(**members), *_inputs())
+
+
+@every_call
+def test_errors_in_a_method_tell_what_it_was_tried_on(call):
+    def tile(self, queries, prepared):
+        raise RuntimeError("of one's own")
+
+    with pytest.raises(RuntimeError, match="of one's own") as caught:
+        call(_altered(tile=tile), *_inputs())
+    assert "So far, Mine.tile is only tried on an argument of shape (4, 8)." in caught.value.__notes__
 
 
 @pytest.mark.parametrize("call", [_top_k, streamed_ranks])
@@ -166,22 +186,80 @@ def test_arrays_in_a_score(call):
     with pytest.raises(TypeError, match=message):
         call(Weighted(jnp.ones(8)), *_inputs())
 
-    class Learned(_Sum):
+    class Scaled(_Sum):
         __hash__ = object.__hash__
         __eq__ = object.__eq__
 
         def __init__(self, weight):
-            object.__setattr__(self, "weight", weight)
+            object.__setattr__(self, "hidden", lambda: weight)
 
-    call(Learned(np.float32(2.0)), *_inputs())
-    with pytest.raises(TypeError, match=r"score must not hold traced arrays, got Learned with one"):
-        jax.jit(lambda weight: call(Learned(weight), *_inputs()))(1.0)
+        def products(self, queries, prepared):
+            return self.hidden() * super().products(queries, prepared)
+
+        def pairs(self, queries, prepared):
+            return self.hidden() * super().pairs(queries, prepared)
+
+    call(Scaled(np.float32(2.0)), *_inputs())
+    call(Scaled(jnp.float32(2.0)), *_inputs())
+    with pytest.raises(TypeError, match=r"score must not hold traced arrays, but Scaled.products uses one"):
+        jax.jit(lambda weight: call(Scaled(weight), *_inputs()))(1.0)
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 4), (5, 4, 3), (4, 3, 5), (1, 1, 1), (2, 6, 7)])
+@pytest.mark.parametrize("shape", [(3, 2, 4), (5, 4, 3), (4, 3, 5), (1, 1, 1), (2, 6, 7), (7, 3, 3)])
 def test_sizes_like_those_it_is_tried_on(shape):
-    """Whatever the sizes, a score that is right is taken, and one that mistakes items for queries is not."""
+    """Whatever the sizes, a score that is right is taken, and one that mistakes one axis for another is not."""
     queries, gallery = jnp.ones((shape[0], shape[2])), jnp.ones(shape)
     _nll(_Sum(), queries, gallery)
-    with pytest.raises(ValueError, match=r"Mine\.tile must return"):
-        _nll(_altered(tile=lambda self, queries, prepared: prepared["sum"] @ queries.T), queries, gallery)
+    for tile in (
+        lambda self, queries, prepared: prepared["sum"] @ queries.T,
+        lambda self, queries, prepared: queries,
+        lambda self, queries, prepared: jnp.ones((len(queries), shape[1])),
+        lambda self, queries, prepared: jnp.ones(queries.shape[::-1]),
+    ):
+        with pytest.raises(ValueError, match=r"Mine\.tile must return"):
+            _nll(_altered(tile=tile), queries, gallery)
+
+
+def test_what_is_known_of_a_score_goes_with_it():
+    class Constants(_Sum):
+        __hash__ = object.__hash__
+        __eq__ = object.__eq__
+
+    score = Constants()
+    _nll(score, *_inputs())
+    gone = weakref.ref(score)
+    del score
+    jax.clear_caches()
+    gc.collect()
+    assert gone() is None
+
+
+def test_equal_scores_of_two_classes_are_two_scores():
+    right = type("Right", (_Tuple,), {})
+    wrong = type("Wrong", (_Tuple,), {"tile": lambda self, queries, prepared: prepared["sum"] @ queries.T})
+    assert right() == wrong()
+    assert hash(right()) == hash(wrong())
+    _nll(right(), *_inputs())
+    with pytest.raises(ValueError, match=r"Wrong\.tile must return"):
+        _nll(wrong(), *_inputs())
+
+
+class _Tuple(NamedTuple):
+    number: int = 1
+    higher_is_better: bool = True
+    usable = _Sum.usable
+    prepare = _Sum.prepare
+    pairs = _Sum.pairs
+
+    def tile(self, queries, prepared):
+        return queries @ prepared["sum"].T
+
+
+def test_double_precision_is_looked_for_again_once_it_is_on():
+    def pairs(self, queries, prepared):
+        return jnp.sum(queries * prepared["sum"], axis=-1).astype(jax.dtypes.canonicalize_dtype(np.float64))
+
+    score = _altered(pairs=pairs)
+    _nll(score, *_inputs())
+    with jax.enable_x64(True), pytest.raises(ValueError, match=r"Mine\.pairs must return float32 .*, got float64"):
+        _nll(score, *_inputs())

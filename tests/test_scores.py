@@ -160,7 +160,7 @@ def test_bad_input(function, unchecked_signatures):
 
 
 def test_triangle_needs_two_modalities(unchecked_signatures):
-    with pytest.raises(ValueError, match=r"exactly 2 modalities .*, got 3"):
+    with pytest.raises(ValueError, match=r"gallery must hold items of exactly 2 modalities.*, got 3"):
         scores.triangle_scores(jnp.ones((3, 8)), jnp.ones((5, 3, 8)))
 
 

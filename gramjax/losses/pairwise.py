@@ -239,18 +239,18 @@ def _mean_over_pairs(
     z, where, pairs, temperature, label_smoothing, weights, ids, reduction, block_size, axis_name, precision
 ) -> Array:
     temperature = _checks.positive("temperature", temperature, z.dtype)
-    weights = check_options(
+    options = check_options(
         len(z), len(z), label_smoothing=label_smoothing, weights=weights, ids=ids, reduction=reduction,
         block_size=block_size, axis_name=axis_name,
     )  # fmt: skip
     score = Cosine(precision)
     # A modality that is compared with several others is prepared once.
-    items = {b: prepare(score, z[:, b, None], where[:, b, None], ids, axis_name) for _, b in pairs}
+    items = {b: prepare(score, z[:, b, None], where[:, b, None], options.ids, axis_name) for _, b in pairs}
     terms = [
         contrastive_terms(
-            score, z[:, a], where[:, a], items[b], scale=1.0 / temperature, label_smoothing=label_smoothing,
-            block_size=block_size, axis_name=axis_name, kept=KEPT // len(pairs),
+            score, z[:, a], where[:, a], items[b], scale=1.0 / temperature, label_smoothing=options.label_smoothing,
+            block_size=options.block_size, axis_name=axis_name, kept=KEPT // len(pairs),
         )
         for a, b in pairs
     ]  # fmt: skip
-    return _reduction.reduce(*_reduction.mean_of_terms(terms), weights, reduction, axis_name)
+    return _reduction.reduce(*_reduction.mean_of_terms(terms), options.weights, reduction, axis_name)

@@ -81,7 +81,7 @@ def pmrl_terms(
     z, where = check_embeddings(embeddings, where, at_least=2)
     alignment_temperature = _checks.positive("alignment_temperature", alignment_temperature, z.dtype)
     regularization_temperature = _checks.positive("regularization_temperature", regularization_temperature, z.dtype)
-    weights = check_options(
+    _, weights, ids, block_size = check_options(
         len(z), len(z), weights=weights, ids=ids, reduction=reduction, block_size=block_size, axis_name=axis_name
     )
     values, directions = linalg.spectrum(z)
@@ -180,7 +180,7 @@ def direction_regularization(
     del mesh
     z, where = check_embeddings(embeddings, where, at_least=1)
     temperature = _checks.positive("temperature", temperature, z.dtype)
-    weights = check_options(
+    _, weights, ids, block_size = check_options(
         len(z), len(z), weights=weights, ids=ids, reduction=reduction, block_size=block_size, axis_name=axis_name
     )
     directions = linalg.spectrum(z)[1]

@@ -38,6 +38,8 @@ The columns of the score matrix travel round the devices, each of which keeps it
 its share of the batch only. `ids` must be comparable across devices; without `ids` all examples differ.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -121,28 +123,37 @@ def contrastive_nll(
         score, queries, gallery, query_where, gallery_where, axis_name
     )
     scale = _checks.real_scalar("scale", scale, queries.dtype)
-    weights = check_options(
+    options = check_options(
         len(queries), len(gallery), label_smoothing=label_smoothing, weights=weights, ids=ids, reduction=reduction,
         block_size=block_size, axis_name=axis_name,
     )  # fmt: skip
-    items = prepare(score, gallery, gallery_where, ids, axis_name)
+    items = prepare(score, gallery, gallery_where, options.ids, axis_name)
     losses, valid = contrastive_terms(
-        score, queries, query_where, items, scale=scale, label_smoothing=label_smoothing, symmetric=symmetric,
-        detach_candidates=detach_candidates, block_size=block_size, axis_name=axis_name,
+        score, queries, query_where, items, scale=scale, label_smoothing=options.label_smoothing, symmetric=symmetric,
+        detach_candidates=detach_candidates, block_size=options.block_size, axis_name=axis_name,
     )  # fmt: skip
-    return _reduction.reduce(losses, valid, weights, reduction, axis_name)
+    return _reduction.reduce(losses, valid, options.weights, reduction, axis_name)
+
+
+class Options(NamedTuple):
+    """What a loss of a score matrix takes besides, checked and in its own type."""
+
+    label_smoothing: float
+    weights: Array | None
+    ids: Array | None
+    block_size: int | None
 
 
 def check_options(
     queries: int, items: int, *, label_smoothing=0.0, weights, ids, reduction, block_size, axis_name
-) -> Array | None:
-    """The weights as an array, once all options have been checked, which is before anything is computed."""
-    _checks.fraction("label_smoothing", label_smoothing)
-    if ids is not None:
-        _checks.ids("ids", ids, items)
-    if block_size is not None:
-        _checks.size("block_size", block_size)
-    return _reduction.check(weights, reduction, queries, axis_name)
+) -> Options:
+    """All options checked, which is before anything is computed."""
+    return Options(
+        _checks.fraction("label_smoothing", label_smoothing),
+        _reduction.check(weights, reduction, queries, axis_name),
+        None if ids is None else _checks.ids("ids", ids, items),
+        None if block_size is None else _checks.size("block_size", block_size),
+    )
 
 
 def prepare(score: Score, gallery: Array, gallery_where: Array, ids, axis_name: _devices.AxisName | None) -> Side:
@@ -150,8 +161,6 @@ def prepare(score: Score, gallery: Array, gallery_where: Array, ids, axis_name: 
     number = gallery.shape[0]
     if ids is None:
         ids = number * _devices.position(axis_name) + jnp.arange(number, dtype=jnp.int32)
-    else:
-        ids = _checks.ids("ids", ids, number)
     prepared = _tiles.item_by_item(score.prepare, ITEMS, gallery, gallery_where)
     return Side(prepared, ids, score.usable(gallery_where))
 
@@ -255,21 +264,21 @@ def sigmoid_nll(
     )
     scale = _checks.real_scalar("scale", scale, queries.dtype)
     bias = _checks.real_scalar("bias", bias, queries.dtype)
-    weights = check_options(
+    options = check_options(
         len(queries), len(gallery), weights=weights, ids=ids, reduction=reduction, block_size=block_size,
         axis_name=axis_name,
     )  # fmt: skip
-    items = prepare(score, gallery, gallery_where, ids, axis_name)
+    items = prepare(score, gallery, gallery_where, options.ids, axis_name)
     rows = _rows(queries, query_where, items)
-    plan = _plan(score, SoftplusSum(), rows, items, False, False, block_size, axis_name)
+    plan = _plan(score, SoftplusSum(), rows, items, False, False, options.block_size, axis_name)
     reduced = reduce(plan, rows, items, Scalars(scale, bias))
     attracted, repelled = jax.nn.softplus(-(scale * reduced.row_matches + bias)), reduced.rows
     valid = query_where & items.present[: queries.shape[0]]
-    return _reduction.reduce(attracted + repelled, valid, weights, reduction, axis_name)
+    return _reduction.reduce(attracted + repelled, valid, options.weights, reduction, axis_name)
 
 
 def _check_pairs(score, queries, gallery, query_where, gallery_where, axis_name) -> tuple[Array, Array, Array, Array]:
-    queries, gallery, gallery_where = check_inputs(score, queries, gallery, gallery_where)
+    queries, gallery, gallery_where = check_inputs(score, ("tile", "pairs"), queries, gallery, gallery_where)
     if queries.shape[0] > gallery.shape[0]:
         raise ValueError(
             "queries and gallery must hold matched pairs, item i for query i, and no query without an item; "

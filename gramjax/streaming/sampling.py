@@ -84,7 +84,7 @@ def sample_hard_negatives(
     >>> negatives[:2]  # the third is orthogonal
     Array([1, 0], dtype=int32)
     """
-    queries, gallery, where = check_inputs(score, queries, gallery, gallery_where)
+    queries, gallery, where = check_inputs(score, ("tile",), queries, gallery, gallery_where)
     batch = queries.shape[0]
     if gallery.shape[0] != batch:
         raise ValueError(

@@ -287,7 +287,7 @@ def _leading(tree: Any) -> int:
 
 
 def _check(score, queries, gallery, query_where, gallery_where) -> tuple[Rows, tuple[Array, Array]]:
-    queries, gallery = jnp.asarray(queries), jnp.asarray(gallery)
+    queries, gallery = _checks.as_array("queries", queries), _checks.as_array("gallery", gallery)
     if not jnp.issubdtype(gallery.dtype, jnp.floating):
         raise TypeError(f"gallery must have a floating-point dtype, got {gallery.dtype} of shape {gallery.shape}.")
     _checks.rank("gallery", gallery, ("items", "modality", "dim"))
@@ -298,8 +298,14 @@ def _check(score, queries, gallery, query_where, gallery_where) -> tuple[Rows, t
     # The gallery is widened tile by tile.
     wider = jnp.issubdtype(queries.dtype, jnp.floating) and gallery.dtype.itemsize > queries.dtype.itemsize
     rows = check_queries(score, queries.astype(gallery.dtype) if wider else queries, query_where)
-    check_results(score, rows[0].shape[1:], gallery.shape, rows[0].dtype)
+    check_trial(score, rows, gallery.shape)
     return rows, (gallery, where)
+
+
+def check_trial(score: Score, rows: Rows, gallery: tuple[int, ...]) -> None:
+    """Raises unless the score's methods return what they must for such queries and a gallery of this shape."""
+    queries, _ = rows
+    check_results(score, ("tile" if queries.ndim == 2 else "tile_sets",), queries.shape[1:], gallery, queries.dtype)
 
 
 def check_queries(score: Score, queries, query_where) -> Rows:
@@ -313,6 +319,8 @@ def check_queries(score: Score, queries, query_where) -> Rows:
             f"{type(score).__name__} takes queries of one modality, [queries, dim], got queries of shape "
             f"{queries.shape}."
         )
+    if not all(queries.shape[1:]):
+        raise ValueError(f"queries must have at least one modality and one dimension, got shape {queries.shape}.")
     where = _checks.mask("query_where", query_where, queries.shape[:-1], f"[{', '.join(axes[:-1])}]")
     return jnp.where(where[..., None], queries, 0.0), where
 

@@ -1,7 +1,10 @@
 """The benchmark runs from end to end, and compares forms of the same thing."""
 
+import contextlib
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -132,7 +135,16 @@ def test_what_measures_ends_when_the_benchmark_is_killed():
         started = _until(lambda: children.read_text().split())
         _until(lambda: "end_with_standard_input" in Path(f"/proc/{started[0]}/cmdline").read_text())
         killed.kill()
-    _until(lambda: not Path(f"/proc/{started[0]}").exists(), seconds=20.0)
+    try:
+        _until(lambda: _has_ended(started[0]), seconds=20.0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(started[0]), signal.SIGKILL)
+
+
+def _has_ended(process):
+    status = Path(f"/proc/{process}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
 
 
 def _until(condition, seconds=60.0):

@@ -1,5 +1,6 @@
 """Bad input fails before any work, with a message that names the argument, what came and what was needed."""
 
+import fractions
 import functools
 import inspect
 import itertools
@@ -122,6 +123,11 @@ def test_masks_weights_and_reduction(loss):
 
 @pytest.mark.parametrize("loss", _with("ids"), ids=_name)
 def test_ids(loss):
+    unsigned = np.array([2**32 - 1, 1, 2, 3], np.uint32)  # JAX compares it with signed ones as if it were -1
+    with pytest.raises(ValueError, match=r"ids must fit int32, got 4294967295"):
+        loss(*_inputs(loss), ids=unsigned)
+    with pytest.raises(TypeError, match=r"ids must be an array of integers, got list"):
+        loss(*_inputs(loss), ids=[{}, {}, {}, {}])
     large = 2**32 + np.arange(4)  # JAX itself would take them for 0, 1, 2, 3
     with pytest.raises(ValueError, match=r"ids must fit int32 unless jax_enable_x64 is on, got 4294967296"):
         loss(*_inputs(loss), ids=large)
@@ -212,6 +218,46 @@ def test_known_temperatures_are_checked_over_a_mesh_too(loss):
     for name in names:
         with pytest.raises(ValueError, match=rf"{name} must be positive and finite, got -1.0"):
             loss(*_inputs(loss), mesh=jax.make_mesh((2,), ("data",)), **{name: jnp.float32(-1)})
+
+
+@pytest.mark.parametrize("loss", _with("block_size"), ids=_name)
+def test_whatever_counts_as_a_number_is_taken(loss, x64):
+    given = [{"block_size": jnp.int32(2)}, {"block_size": np.int64(2)}]
+    if "label_smoothing" in inspect.signature(loss).parameters:
+        given += [{"label_smoothing": np.float64(0.1)}, {"label_smoothing": fractions.Fraction(1, 10)}]
+    inputs = tuple(x.astype(jnp.float32) for x in _inputs(loss))
+    for options in given:
+        result = jax.eval_shape(functools.partial(loss, **options), *inputs)
+        assert result.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("loss", _with("mesh"), ids=_name)
+def test_lengths_are_those_of_the_whole_batch(loss):
+    mesh = jax.make_mesh((2,), ("data",))
+    with pytest.raises(ValueError, match=r"weights must have the first axis of \w+, of size 4, got shape \(2,\)"):
+        loss(*_inputs(loss), weights=jnp.ones(2), mesh=mesh)
+    with pytest.raises(ValueError, match=r"(embeddings|a) must have shape .*, got shape \((2|4),\)") as caught:
+        loss(*(x[:, 0] if x.ndim == 2 else x[:, 0, 0] for x in _inputs(loss)), mesh=mesh)
+    said = "Shapes are those of one of 2 devices, which divide the first axis." in getattr(
+        caught.value, "__notes__", []
+    )
+    assert said == ("got shape (2,)" in str(caught.value))
+    with pytest.raises(
+        TypeError, match=r"axis_name must be the name of a mesh axis or a tuple of names, got \['data'\]"
+    ):
+        loss(*_inputs(loss), mesh=mesh, axis_name=["data"])
+
+
+def test_lengths_of_a_longer_gallery():
+    queries, gallery, mesh = jnp.ones((4, 8)), jnp.ones((8, 2, 8)), jax.make_mesh((2,), ("data",))
+    call = functools.partial(contrastive_nll, scores.Cosine(), queries, gallery, scale=1.0, mesh=mesh)
+    for wrong, message in (
+        ({"gallery_where": jnp.ones((4, 2), bool)}, r"gallery_where must have the first axis of gallery, of size 8"),
+        ({"ids": jnp.arange(4)}, r"ids must have the first axis of gallery, of size 8, got shape \(4,\)"),
+        ({"query_where": jnp.ones(8, bool)}, r"query_where must have the first axis of queries, of size 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**wrong)
 
 
 def test_random_key():

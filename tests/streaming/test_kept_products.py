@@ -76,8 +76,7 @@ def test_kept_products_under_vmap():
     assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *single), 1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("order", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_higher_derivatives_in_tiles(order, x64, monkeypatch):
     """Of a score that is not linear in its products; the losses are in `tests/losses/test_tiles_and_devices.py`."""
     score, batch = scores.Volume(), random_batch()

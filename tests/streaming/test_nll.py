@@ -313,5 +313,7 @@ def test_bad_input(loss):
     inside = jax.shard_map(
         functools.partial(call, mesh=mesh), mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec()
     )
-    with pytest.raises(ValueError, match=r"mesh must be left out inside of jax.shard_map \(here over \('data',\)\)"):
+    with pytest.raises(
+        ValueError, match=r"mesh must be left out inside of jax.shard_map or pmap \(here over \('data',\)\)"
+    ):
         inside(z, items)

@@ -281,6 +281,14 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match="gallery must hold at least one item, got none"):
             function(queries, gallery[:0])
+        with pytest.raises(TypeError, match="gallery must be an array, got NoneType"):
+            function(queries, None)
+        with pytest.raises(TypeError, match=r"queries must be one array, got a mapping of \['text'\]"):
+            function({"text": queries}, gallery)
+        with pytest.raises(ValueError, match=r"queries must have at least one modality .*, got shape \(3, 0, 4\)"):
+            function(queries[:, None][:, :0], gallery)
+        with pytest.raises(TypeError, match=r"axis_name must be the name of a mesh axis .*, got \['data'\]"):
+            function(queries, gallery, mesh=mesh, axis_name=["data"])
         with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
             function(queries, gallery, block_size=0)
         with pytest.raises(TypeError, match="block_size must be an integer of at least 1, or None, got float"):
