@@ -188,7 +188,7 @@ def over_mesh(*divided: str) -> Callable[[_Loss], _Loss]:
             try:
                 return run_on(mesh, body, (parts, arrays), (spec, PartitionSpec()), whole)
             except (TypeError, ValueError) as error:
-                error.add_note(f"Shapes are those of one of {devices} devices, which divide the first axis.")
+                error.add_note(f"Shapes in it are those on one of the {devices} devices that divide the batch.")
                 raise
 
         return wrapped  # pyright: ignore[reportReturnType]

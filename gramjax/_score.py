@@ -112,6 +112,9 @@ def check_score(score: Any) -> None:
         raise TypeError(f"score must be hashable, as a frozen dataclass without arrays is; {name}: {error}.") from error
 
 
+_TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
+
+
 def check_results(
     score: Any, methods: tuple[str, ...], query: tuple[int, ...], gallery: tuple[int, ...], dtype: Any
 ) -> None:
@@ -132,9 +135,6 @@ def check_results(
     if case not in tried:
         _check_results(score, *case)
         tried.add(case)
-
-
-_TRIED: weakref.WeakKeyDictionary[Any, set] = weakref.WeakKeyDictionary()
 
 
 @functools.lru_cache(maxsize=1024)
