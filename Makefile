@@ -15,6 +15,7 @@ $(VENV)/.installed: pyproject.toml
 train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train $(ARGS)
 
+# The tests of a file share what they have compiled: `loadfile` keeps them in one process.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not slow"
 

@@ -86,7 +86,7 @@ def ids(name: str, value, batch: int, axis: str = "batch") -> Array:
     if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
         return array
     signed = jnp.dtype(f"int{8 * array.dtype.itemsize}")
-    if batch and is_concrete(value) and (most := np.asarray(array).max()) > jnp.iinfo(signed).max:
+    if batch and is_concrete(value) and (most := np.asarray(value).max()) > jnp.iinfo(signed).max:
         raise ValueError(f"{name} must fit {signed}, got {most}.")
     return array.astype(signed)
 

@@ -84,7 +84,7 @@ def test_a_right_one_is_taken(call):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        # Each of these is broadcast against what it should be, or would be in the next line.
+        # Most of these would be broadcast, to a result that looks like one.
         (
             {"tile": lambda self, queries, prepared: prepared["sum"] @ queries.T},
             r"Mine\.tile must return float32 \[queries, items\] = \(4, 3\) .*\(4, 8\), got float32 of shape \(3, 4\)",

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gramjax import _checks
+from gramjax._cone import MOST
 from gramjax._devices import AxisName, over_mesh
 from gramjax._embeddings import check_embeddings, split_anchor
 from gramjax._reduction import Reduction
@@ -79,6 +80,11 @@ def cone_loss(
     """
     del mesh
     z, where = check_embeddings(embeddings, where, at_least=2)
+    if z.shape[1] > MOST + 1:
+        raise ValueError(
+            f"embeddings must have at most {MOST + 1} modalities ([batch, modality, dim]), the anchor and {MOST} that "
+            f"span a cone, got shape {z.shape}."
+        )
     temperature = _checks.positive("temperature", temperature, z.dtype)
     queries, gallery, query_where, gallery_where = split_anchor(z, where, anchor)
     return contrastive_nll(

@@ -90,6 +90,11 @@ def test_nothing_is_computed_before_the_options_are_checked(loss, monkeypatch):
         loss(*_inputs(loss))
 
 
+def test_cones_of_too_many():
+    with pytest.raises(ValueError, match=r"embeddings must have at most 7 modalities .*got shape \(4, 8, 8\)"):
+        losses.cone_loss(jnp.ones((4, 8, 8)))
+
+
 def test_triangle_needs_exactly_three():
     with pytest.raises(ValueError, match=r"exactly 3 modalities .*got shape \(4, 4, 8\)"):
         losses.triangle_loss(jnp.ones((4, 4, 8)))
@@ -126,6 +131,8 @@ def test_ids(loss):
     unsigned = np.array([2**32 - 1, 1, 2, 3], np.uint32)  # JAX compares it with signed ones as if it were -1
     with pytest.raises(ValueError, match=r"ids must fit int32, got 4294967295"):
         loss(*_inputs(loss), ids=unsigned)
+    known = jax.jit(lambda *inputs: loss(*inputs, ids=np.arange(4, dtype=np.uint32)))  # and constant
+    assert jnp.isfinite(known(*_inputs(loss)))
     with pytest.raises(TypeError, match=r"ids must be an array of integers, got list"):
         loss(*_inputs(loss), ids=[{}, {}, {}, {}])
     large = 2**32 + np.arange(4)  # JAX itself would take them for 0, 1, 2, 3

@@ -1,5 +1,7 @@
 """How many items are cut into tiles."""
 
+import jax
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,10 +17,11 @@ def test_tiles_share_the_items_evenly(items, most):
     assert number * size - items < 32 * number
 
 
-def test_searches_and_draws_share_them_so_too():
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 4096), ("gpu", 16384)])
+def test_searches_and_draws_share_them_so_too(platform, most, monkeypatch):
     """One item more than fills a tile must not double the work."""
-    for most in (4096, 16384):  # on CPU and elsewhere
-        _, columns = rowwise._tile_shape(10, most + 1, None)
-        assert columns < 0.6 * most
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert rowwise._tile_shape(10, most, None)[1] == most
+    assert rowwise._tile_shape(10, most + 1, None)[1] == most // 2 + 32
     assert rowwise._tile_shape(10, 4097, 4096)[1] == 4096
     assert rowwise._tile_shape(10, 5, None)[1] == 5
